@@ -1,0 +1,120 @@
+"""Attention for unified multimodal sequences, and what it takes to run it fast.
+
+Every sequence of this project is built of three kinds of blocks, and in each of them the columns a row may attend to
+are one contiguous interval [lo, hi):
+
+    image patches   see their whole block             lo = start of the document   hi = end of the block
+    text            sees everything before it         lo = start of the document   hi = own position + 1
+    image tokens    see the condition and the block   lo = start of the document   hi = end of the block
+    padding         sees nothing                      lo = hi = 0
+
+So the mask of a whole packed batch is two integer vectors instead of a (S, S) tensor: causal, bidirectional, prefix,
+packed and padded attention, and the length of a key-value cache, are all the same code.
+
+Letters: B batch, H heads, S query rows, L key columns, D head dimension.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# ---- 1. Layout: who may attend to whom -------------------------------------------------------------------------------
+
+@dataclass
+class Layout:
+    """Row i of sample b attends to the columns [lo[b, i], hi[b, i]); an empty interval gives an output of zeros."""
+    lo: Tensor                                                                                   # (B, S) int32
+    hi: Tensor                                                                                   # (B, S) int32
+
+    def may_attend(self, columns: int) -> Tensor:
+        """The mask that the intervals stand for: True where row i may attend to column j; (B, 1, S, columns) bool."""
+        j = torch.arange(columns, device=self.lo.device, dtype=self.lo.dtype)
+        return ((j >= self.lo[..., None]) & (j < self.hi[..., None]))[:, None]
+
+
+def draw(layout: Layout, columns: int, row: int = 0) -> str:
+    """The mask of one sample as text, a line a query row: '#' may attend, '.' may not."""
+    mask = layout.may_attend(columns)[row, 0].tolist()
+    return "\n".join("".join("#" if cell else "." for cell in line) for line in mask)
+
+
+# ---- 2. Attention ----------------------------------------------------------------------------------------------------
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The definition: softmax(q kᵀ / √D) over the allowed columns, times v.
+
+    q (B, H, S, D); k, v (B, H, L, D); any dtype, float64 included. Returns the output (B, H, S, D) and the attention
+    weights (B, H, S, L), which eval.py looks at. Rows that may attend to nothing get zeros, not NaN.
+    """
+    may = layout.may_attend(k.shape[2])
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                                     # (B, H, S, L)
+    weights = torch.softmax(scores.masked_fill(~may, -1e9 if q.dtype != torch.float16 else -6e4), -1) * may
+    return weights @ v, weights                                                                  # (B, H, S, D)
+
+
+class BmmAttention(torch.autograd.Function):
+    """Attention as two matrix products forward and four backward, with the softmax weights kept in between.
+
+    PyTorch's fused CPU attention recomputes the scores in blocks to save memory. At the lengths of this project
+    (S ≤ a few hundred) the weights fit in the cache, and its backward costs several times what the plain products
+    do. torch.compile fuses everything between two products into one pass.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, lo, hi):
+        out, weights = attention_reference(q, k, v, Layout(lo, hi))
+        ctx.save_for_backward(q, k, v, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, weights = ctx.saved_tensors
+        grad_v = weights.transpose(-1, -2) @ grad_out                                            # (B, H, L, D)
+        grad_weights = grad_out @ v.transpose(-1, -2)                                            # (B, H, S, L)
+        # softmax backward; the row sum in fp32: it cancels against its terms
+        row = (grad_weights.float() * weights.float()).sum(-1, keepdim=True)
+        grad_scores = (weights * (grad_weights - row) * q.shape[-1] ** -0.5).to(q.dtype)
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Interval attention with the fastest path for the device. q (B, H, S, D), k and v (B, H, L, D) → (B, H, S, D)."""
+    if q.device.type == "cpu":
+        return BmmAttention.apply(q, k, v, layout.lo, layout.hi)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.may_attend(k.shape[2])).nan_to_num(0.0)
+
+
+# ---- 3. Key-value cache ----------------------------------------------------------------------------------------------
+
+class KVCache:
+    """Keys and values of one layer in buffers of fixed shape (B, H, length, D), filled from the left."""
+    def __init__(self, batch: int, heads: int, length: int, dim: int, like: Tensor):
+        self.k, self.v = like.new_zeros(2, batch, heads, length, dim)
+        self.filled = 0
+
+    def put(self, k: Tensor, v: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written."""
+        end = at + k.shape[2]
+        self.k[:, :, at:end], self.v[:, :, at:end] = k, v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+# ---- 4. Compilation --------------------------------------------------------------------------------------------------
+
+def compiled(function):
+    """torch.compile with dynamic batch sizes, or the plain function, with one line of explanation, where that fails."""
+    state = {"run": torch.compile(function, dynamic=True), "tried": False}
+
+    def run(*args):
+        if state["tried"]:
+            return state["run"](*args)
+        try:
+            out = state["run"](*args)
+        except Exception as e:                    # no compiler, an unsupported platform: torch raises many kinds
+            print(f"not compiled ({e.__class__.__name__}: {str(e).strip().splitlines()[0][:100]}); running eagerly")
+            state["run"] = function
+            out = function(*args)
+        state["tried"] = True
+        return out
+    return run
