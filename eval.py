@@ -26,10 +26,7 @@ from torch import Tensor
 import sgt
 from sgt import COLOR_NAMES, COLORS, PALETTE, QUESTIONS, SHAPES, TEXT, Config, Thing, UserError
 
-# =====================================================================================================================
-# 1. Judge: parse a picture back into objects
-# =====================================================================================================================
-
+# ==== 1. Judge: parse a picture back into objects ===================================================================
 
 def components(mask: Tensor) -> Tensor:
     """Label the 8-connected parts of masks: (B, P, P) bool → (B, P, P) int64, 0 outside, else 1 + the largest flat pixel
@@ -42,7 +39,6 @@ def components(mask: Tensor) -> Tensor:
         if torch.equal(spread, labels):
             return labels.long()
         labels = spread
-
 
 def split_parts(label_map: Tensor, classes: int, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
     """Parts of one class in an index map (B, P, P), 0 = background: sample (n,), class (n,), masks (n, P, P) bool."""
@@ -58,11 +54,9 @@ def split_parts(label_map: Tensor, classes: int, smallest: float) -> tuple[Tenso
     sample_class = (keys // (P * P + 1))[keep]
     return sample_class // classes, sample_class % classes + 1, masks[keep].view(-1, P, P)
 
-
 def nearest(image: Tensor, palette: Tensor) -> Tensor:
     """Index of the palette color (n, 3) nearest to every pixel of (B, 3, P, P); (B, P, P)."""
     return (image[:, None] - palette[:, :, None, None]).square().sum(2).argmin(1)
-
 
 def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
     """The objects in pictures (B, 3, P, P) of the scene world, by analysis through synthesis.
@@ -103,15 +97,15 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
         best = torch.zeros(n)
         best_shape, best_size = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
         best_x, best_y = middle_x.clone(), middle_y.clone()
-        for s in range(cfg.shapes):
+        for s, (name, outline) in enumerate(list(SHAPES.items())[:cfg.shapes]):
             for size, radius in enumerate(radii):
                 # the box of a triangle or star is not centred on the point that the shape is drawn around
-                lift = {"triangle": 0.125, "star": 0.095}.get(SHAPES[s], 0.0) * radius
+                lift = {"triangle": 0.125, "star": 0.095}.get(name, 0.0) * radius
                 for oy in (-0.5, 0.0, 0.5):
                     for ox in (-0.5, 0.0, 0.5):
                         x, y = middle_x + ox, middle_y + lift + oy
                         dx, dy = (pixel - x[:, None]) / radius, (pixel - y[:, None]) / radius
-                        model = (0.5 - sgt.signed_distance(s, dx[:, None, :], dy[:, :, None]) * radius).clamp(0, 1)
+                        model = (0.5 - outline(dx[:, None, :], dy[:, :, None]) * radius).clamp(0, 1)
                         overlap = (torch.minimum(model, cover) * weight).flatten(1).sum(1)
                         score = overlap / (torch.maximum(model, cover) * weight).flatten(1).sum(1)
                         better = score > best
@@ -120,15 +114,13 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
                         best_x, best_y = torch.where(better, x, best_x), torch.where(better, y, best_y)
         for i in range(n):
             if best[i] > 0.5:
-                found[int(b[i])].append(Thing(SHAPES[best_shape[i]], names[int(c[i]) - 1],
+                found[int(b[i])].append(Thing(sgt.SHAPE_NAMES[best_shape[i]], names[int(c[i]) - 1],
                                               ("small", "big")[best_size[i]], float(best_x[i]), float(best_y[i]),
                                               float(radii[best_size[i]]), len(found[int(b[i])])))
     return found
 
-
 Prompt = namedtuple("Prompt", "kind text objects")
 GENEVAL = ["single", "two", "counting", "colors", "position", "attribution"]
-
 
 def satisfied(prompt: Prompt, found: list[Thing]) -> bool:
     """Whether parsed objects fulfil a prompt, by GenEval's rules: what is asked for must be there (extra objects are
@@ -145,10 +137,7 @@ def satisfied(prompt: Prompt, found: list[Thing]) -> bool:
     return any(sgt.relation(p, q) == sgt.relation(a, b) for p in found for q in found
                if p.shape == a.shape and q.shape == b.shape)
 
-
-# =====================================================================================================================
-# 2. Segmentation: colors → masks → panoptic quality
-# =====================================================================================================================
+# ==== 2. Segmentation: colors → masks → panoptic quality ============================================================
 
 def masks_of(target: Tensor, colors: int) -> list[Tensor]:
     """Instance masks in drawn targets (B, 3, P, P): nearest palette color, connected parts, tiny ones dropped."""
@@ -157,12 +146,10 @@ def masks_of(target: Tensor, colors: int) -> list[Tensor]:
     sample, _, masks = split_parts(label, colors + 1, max(2.0, P * P / 256))
     return [masks[sample == b] for b in range(len(target))]
 
-
 def true_masks(instance: Tensor) -> list[Tensor]:
     """Instance map (B, P, P) → a (n, P, P) bool tensor for every sample."""
     return [torch.stack([m == i for i in m.unique() if i > 0]) if (m > 0).any() else torch.zeros(0, *m.shape, dtype=torch.bool)
             for m in instance.cpu()]
-
 
 def panoptic_quality(predicted: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
     """Class-agnostic panoptic quality (arXiv 1801.00868) over a data set, 0-100: pairs with IoU > ½ match, and
@@ -185,19 +172,14 @@ def panoptic_quality(predicted: list[Tensor], truth: list[Tensor]) -> dict[str, 
     sq, rq = iou_sum / max(matched, 1), matched / (matched + 0.5 * extra + 0.5 * missed)
     return {"pq": 100 * sq * rq, "sq": 100 * sq, "rq": 100 * rq, "miou": 100 * float(np.mean(best)) if best else 0.0}
 
+# ==== 3. Metrics of a model =========================================================================================
 
-# =====================================================================================================================
-# 3. Metrics of a model
-# =====================================================================================================================
-
-def scene_stream(cfg: Config, split: str, chunk: int = 256):
-    """Endless (scenes, rendered) of a split, a chunk at a time."""
+def scene_stream(cfg: Config, split: str, chunk: int = 256, overlap: float = 0.25):
+    """The scenes of a split without end, a chunk at a time."""
     start = 0
     while True:
-        scenes = sgt.sample_scenes(cfg, split, np.arange(start, start + chunk))
-        yield scenes
+        yield sgt.sample_scenes(cfg, split, np.arange(start, start + chunk), overlap)
         start += chunk
-
 
 def questions(cfg: Config, split: str, total: int) -> list[tuple[str, sgt.Scenes, int, str, str]]:
     """The same number of questions of every kind: (kind, scenes, index in them, question, answer)."""
@@ -213,7 +195,6 @@ def questions(cfg: Config, split: str, total: int) -> list[tuple[str, sgt.Scenes
         if all(len(found) >= per_kind for found in items.values()):
             return [item for found in items.values() for item in found]
 
-
 def blind_baselines(cfg: Config, items: list) -> dict[str, dict[str, float]]:
     """Accuracy without the image: the commonest training answer of a kind, and of the very question."""
     by_kind, by_question = {kind: Counter() for kind in QUESTIONS}, {}
@@ -228,13 +209,11 @@ def blind_baselines(cfg: Config, items: list) -> dict[str, dict[str, float]]:
         question_only[kind] = 100 * np.mean([top(by_question.get(q, by_kind[kind])) == a for q, a in asked])
     return {"majority": summarize(majority), "question_only": summarize(question_only)}
 
-
 def summarize(by_kind: dict[str, float]) -> dict[str, float]:
     """Add the averages over kinds: all, perception, reasoning."""
     level = lambda name: float(np.mean([by_kind[k] for k, (at, _) in QUESTIONS.items() if at == name]))
     return {**{k: float(v) for k, v in by_kind.items()}, "perception": level("perception"),
             "reasoning": level("reasoning"), "average": float(np.mean([by_kind[k] for k in QUESTIONS]))}
-
 
 def understanding(model, items: list, batch: int = 250) -> dict[str, float]:
     """Accuracy in percent by kind: the greedy answer must equal the true one to the letter."""
@@ -250,13 +229,11 @@ def understanding(model, items: list, batch: int = 250) -> dict[str, float]:
             right[kind].append(said == truth)
     return summarize({kind: 100 * np.mean(hits) for kind, hits in right.items()})
 
-
-
 def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
     """The same number of prompts of GenEval's six kinds, with a true picture (n, 3, P, P) of each."""
     per_kind, prompts, images = max(1, total // len(GENEVAL)), [], []
     need = Counter({kind: per_kind for kind in GENEVAL})
-    for scenes in scene_stream(cfg, "val"):
+    for scenes in scene_stream(cfg, "val", overlap=0.0):          # like GenEval's pictures: objects lie apart
         rendered = None
         for b in range(len(scenes)):
             objects = sgt.things(scenes, b)
@@ -271,14 +248,12 @@ def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
         if not +need or all(v <= 0 for v in need.values()):
             return prompts, torch.stack(images)
 
-
 def score_pictures(cfg: Config, prompts: list[Prompt], images: Tensor) -> dict[str, float]:
     """GenEval score in percent by kind, and the mean over kinds."""
     found = judge(cfg, images)
     score = {kind: 100 * float(np.mean([satisfied(p, f) for p, f in zip(prompts, found) if p.kind == kind]))
              for kind in GENEVAL}
     return {**score, "average": float(np.mean(list(score.values())))}
-
 
 def judge_accuracy(cfg: Config, prompts: list[Prompt], images: Tensor) -> float:
     """Share of true pictures that the judge parses exactly: every object's color and shape, nothing else, within 1.5
@@ -294,7 +269,6 @@ def judge_accuracy(cfg: Config, prompts: list[Prompt], images: Tensor) -> float:
             rest.remove(close[0])
         return True
     return 100 * float(np.mean([exact(p.objects, f) for p, f in zip(prompts, judge(cfg, images))]))
-
 
 def segmentation(cfg: Config, model, tokenizer, name: str, total: int) -> dict[str, float]:
     """Panoptic quality of what a model draws when asked for proxy `name`; without a model, of the true target sent
@@ -314,10 +288,7 @@ def segmentation(cfg: Config, model, tokenizer, name: str, total: int) -> dict[s
         if len(truth) >= total:
             return panoptic_quality(predicted[:total], truth[:total])
 
-
-# =====================================================================================================================
-# 4. Report
-# =====================================================================================================================
+# ==== 4. Report =====================================================================================================
 
 def evaluate(run: sgt.Run, device: torch.device) -> dict:
     """Measure every finished model of a run; write and return report.json (and report.md)."""
@@ -349,10 +320,8 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
     run.write("report.json", json.dumps(report, indent=1).encode())
     return report
 
-
 def label(arm: str) -> str:
     return {"base": "base", "none": "SFT", "instance": "SGT"}.get(arm, arm)
-
 
 def table(head: list[str], rows: list[list]) -> str:
     """A Markdown table with aligned columns; numbers with one decimal, None as a dash."""
@@ -362,7 +331,6 @@ def table(head: list[str], rows: list[list]) -> str:
                                          for i, (c, w) in enumerate(zip(row, widths))) + " |"
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
-
 
 def markdown(report: dict) -> str:
     """The three tables of a report, and the comparison that the run was made for."""
@@ -392,7 +360,6 @@ def markdown(report: dict) -> str:
                 out.append(f"{label(arm)} against SFT, one seed: " + compare(report, arm) + ".")
     return "\n".join(out)
 
-
 def compare(report: dict, arm: str) -> str:
     """Differences to the SFT control in words, each with the standard error of two independent samples."""
     def one(part: str, key: str, n: int) -> str:
@@ -406,14 +373,12 @@ def compare(report: dict, arm: str) -> str:
             f"reasoning {one('understanding', 'reasoning', n * levels['reasoning'] // kinds)}), "
             f"generation {one('generation', 'average', report['prompts'])}")
 
-
 def show(run: sgt.Run) -> str:
     try:
         return markdown(json.loads((run.folder / "report.json").read_text()))
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{run.folder} has no readable report.json ({e.__class__.__name__}); "
                         f"make one with: python eval.py {run.folder} --again") from None
-
 
 def main(argv: list[str] | None = None) -> int:
     try:
@@ -439,7 +404,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,9 +11,9 @@ the image they look at, such as its instance segmentation. The image enters only
 loss of the drawing flows into the features that answer questions (arXiv 2605.18714).
 
     1. Config      one flat dataclass is the command line           6. Model       one transformer, two heads
-    2. Scenes      the data set: endless, rendered, exact labels    7. Sampling    answers and pictures
-    3. Language    words, captions, questions                       8. Batches     documents packed into rows
-    4. Proxies     one table: name → target image                   9. Training    Muon, one loop, the run folder
+    2. Scenes      the data set: endless, rendered, exact labels    7. Batches     documents packed into rows
+    3. Language    words, captions, questions                       8. Sampling    answers and pictures
+    4. Proxies     one table: name → target image                   9. Training    one loop, the run folder
     5. Tokenizer   image ↔ ids, finite scalar quantization         10. Commands    train, generate, ask, segment
 
 To add a proxy, add a line to PROXIES (4). To add a question kind, add a function to QUESTIONS (3). To train on your own
@@ -49,16 +49,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import KVCache, Layout, attention, compiled
-
+from kernels import KVCache, Layout, Optimizer, attention, compiled, compute_dtype
 
 class UserError(Exception):
     """A mistake of the person at the keyboard: printed as one line, exit code 2."""
 
-
-# =====================================================================================================================
-# 1. Config
-# =====================================================================================================================
+# ==== 1. Config =====================================================================================================
 
 @dataclass(frozen=True)
 class Config:
@@ -70,13 +66,14 @@ class Config:
     colors: int = 6                   # how many of the 8 colors appear
     max_objects: int = 4              # objects in a scene: 1 to this many
     lattice: int = 4                  # object centres lie on multiples of this many pixels; 0 = anywhere
-    texture: float = 0.25             # share of scenes with a textured background and of objects with stripes
+    texture: float = 0.1              # share of scenes with a textured background and of objects with stripes
     # the vision tokenizer
     patch: int = 4                    # pixels a side of one image token, in both paths
-    fsq_levels: str = "8,5,5,5"       # levels of each quantized channel; their product is the codebook size
+    fsq_levels: str = "8,8,8,5"       # levels of each quantized channel; their product is the codebook size
     tok_width: int = 128              # width of the tokenizer's transformer blocks
-    tok_depth: int = 2                # blocks in the encoder, and again in the decoder
-    tok_steps: int = 900              # training steps
+    tok_depth: int = 2                # transformer blocks in the decoder
+    tok_reach: int = 1                # side of what the encoder sees around a patch, in patches
+    tok_steps: int = 800              # training steps
     tok_batch: int = 64               # images a step
     # the unified model
     width: int = 192                  # D, a multiple of head_dim
@@ -141,54 +138,46 @@ class Config:
 
     def validate(self) -> None:
         """Refuse what cannot work, before anything is written."""
-        def check(ok: bool, what: str, fix: str) -> None:
+        size, patch = self.image_size, self.patch
+        whole = max(16, round(size / max(2, patch)) * max(2, patch))
+        rules = [
+            (patch >= 2 and size >= 16 and size % patch == 0,
+             f"image_size={size} is not at least 16 and divisible by patch={patch}", f"try --image-size {whole} --patch 4"),
+            (re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) and min(self.levels) > 1 and self.codebook <= 65536,
+             f"fsq_levels={self.fsq_levels!r} is no list of levels above 1 with a product up to 65536", "try 8,5,5,5"),
+            (min(self.width, self.head_dim) > 0 and self.width % self.head_dim == 0 == self.head_dim % 4,
+             f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width that is a "
+             "multiple of head_dim, and head_dim of 4", "try --width 192 --head-dim 64"),
+            (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
+            (min(self.depth, self.tok_depth) >= 1, "depth and tok_depth count blocks", "give at least 1"),
+            (2 <= self.shapes <= len(SHAPES), f"shapes={self.shapes}", f"choose 2 to {len(SHAPES)}"),
+            (2 <= self.colors <= len(COLORS), f"colors={self.colors}", f"choose 2 to {len(COLORS)}"),
+            (1 <= self.max_objects <= 6, f"max_objects={self.max_objects}", "choose 1 to 6"),
+            (0 <= self.lattice <= size // 8, f"lattice={self.lattice}", f"choose 0 to {size // 8} at this image size"),
+            (self.prompt_len >= 16 and self.dialogue_len >= 64, f"prompt_len={self.prompt_len}, dialogue_len="
+             f"{self.dialogue_len} do not hold the texts of the scenes", "give at least 16 and 64"),
+            (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2 and self.t2i_batch % 2 == 0
+             == self.arm_t2i % 2, "vqa and t2i batches must be at least 2, and those of t2i even", "change them"),
+            (0 <= self.condition_drop < 1 and 0 <= self.texture <= 1, "condition_drop and texture are shares",
+             "give numbers in [0, 1)"),
+            (0 <= self.ratio <= 100 and self.guidance >= 0 and self.temperature >= 0 and self.seed >= 0,
+             "ratio, guidance, temperature and seed must not be negative", "give 0 or more"),
+            (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r}", "choose mixed or sequential"),
+            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r}",
+             f"name each once, of {', '.join(PROXIES)}, or give all"),
+            (re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device), f"device={self.device!r}", "choose auto, cpu, cuda or mps"),
+        ]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            positive = field.name.endswith(("_steps", "tok_batch", "_every", "_prompts", "_questions", "_masks", "lr"))
+            rules.insert(0, (not isinstance(value, float) or math.isfinite(value), f"{field.name}={value}", "give a number"))
+            rules.append((not positive or value > 0, f"{field.name}={value}", "give a number above 0"))
+        for ok, what, fix in rules:
             if not ok:
                 raise UserError(f"{what}; {fix}")
 
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{flag(field.name)} is {value}; give a finite number")
-            if field.name.endswith(("_steps", "_batch", "_every", "_prompts", "_questions", "_masks")):
-                check(value > 0, f"{flag(field.name)} is {value}", "give a number above 0")
-        size, patch = self.image_size, self.patch
-        check(patch > 0 and size > 0 and size % patch == 0, f"image_size={size} is not divisible by patch={patch}",
-              f"try --image-size {max(1, round(size / max(1, patch))) * max(1, patch)}")
-        check(size >= 16, f"image_size={size} is too small to draw a shape in", "give at least --image-size 16")
-        check(re.fullmatch(r"\d+(,\d+)*", self.fsq_levels) is not None and min(self.levels) >= 2
-              and self.codebook <= 65536, f"fsq_levels={self.fsq_levels!r} is not a list of levels from 2 up "
-              "whose product is at most 65536", "try --fsq-levels 8,5,5,5")
-        check(self.width > 0 and self.head_dim > 0 and self.width % self.head_dim == 0,
-              f"width={self.width} is not a multiple of head_dim={self.head_dim}", "try --width 192 --head-dim 64")
-        check(self.head_dim % 4 == 0, f"head_dim={self.head_dim} is not divisible by 4, which rotary positions in two "
-              "dimensions need", "try --head-dim 64")
-        check(self.tok_width % 32 == 0 and self.tok_width > 0, f"tok_width={self.tok_width} is not a multiple of 32",
-              "try --tok-width 128")
-        check(min(self.depth, self.tok_depth) >= 1, "depth and tok_depth must be at least 1", "give 1 or more")
-        check(2 <= self.shapes <= len(SHAPES), f"shapes={self.shapes}", f"choose 2 to {len(SHAPES)}")
-        check(2 <= self.colors <= len(COLORS), f"colors={self.colors}", f"choose 2 to {len(COLORS)}")
-        check(1 <= self.max_objects <= 6, f"max_objects={self.max_objects}", "choose 1 to 6")
-        check(self.lattice >= 0 and self.lattice <= size // 8, f"lattice={self.lattice}",
-              f"choose 0 to {size // 8} for image_size={size}")
-        check(self.prompt_len >= 16 and self.dialogue_len >= 32,
-              f"prompt_len={self.prompt_len}, dialogue_len={self.dialogue_len} do not hold the texts of the scenes",
-              "give at least --prompt-len 16 --dialogue-len 32")
-        check(min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2 and self.t2i_batch % 2 == 0
-              and self.arm_t2i % 2 == 0, "batches must be at least 2, and those of captioned images even",
-              "change --vqa-batch, --t2i-batch, --arm-vqa or --arm-t2i")
-        check(0 <= self.condition_drop < 1 and 0 <= self.texture <= 1 and self.ratio >= 0 and self.lr > 0,
-              "condition_drop, texture, ratio or lr is out of range", "shares lie in [0, 1], rates above 0")
-        check(self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r}", "choose mixed or sequential")
-        for arm in self.arms:
-            check(arm in PROXIES, f"there is no proxy {arm!r}", f"choose from {', '.join(PROXIES)}, or all")
-        check(len(set(self.arms)) == len(self.arms), f"proxies={self.proxies} names one twice", "name each once")
-        check(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, f"device={self.device!r}",
-              "choose auto, cpu, cuda or mps")
-
-
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
 
 PRESETS = {
     # every stage in under a minute on two cores; says nothing about quality
@@ -209,12 +198,28 @@ PRESETS = {
                  eval_masks=1000, sample_every=5000, save_every=1000, dialogue_len=256, prompt_len=64),
 }
 
+# ==== 2. Scenes: the data set, rendered =============================================================================
 
-# =====================================================================================================================
-# 2. Scenes: the data set, rendered
-# =====================================================================================================================
+def star(x: Tensor, y: Tensor, inner: float = 0.42) -> Tensor:
+    """Fold the plane into half a spike; there the outline is one edge, from the tip to the inner corner."""
+    angle = torch.remainder(torch.atan2(x, -y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5
+    length = torch.hypot(x, y)
+    ex, ey = inner * math.sin(math.pi / 5), inner * math.cos(math.pi / 5) - 1.0
+    return ((length * angle.cos() - 1.0) * ex - length * angle.sin().abs() * ey) / math.hypot(ex, ey)
 
-SHAPES = ["circle", "square", "triangle", "cross", "ring", "bar", "diamond", "star"]
+# Signed distance to the outline of a shape of radius 1, negative inside; y points down.
+SHAPES = {
+    "circle": lambda x, y: torch.hypot(x, y) - 0.95,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.82,
+    "triangle": lambda x, y: torch.maximum(y - 0.75, 0.889 * x.abs() - 0.457 * y - 0.457),
+    "cross": lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.32, y.abs() - 0.95),
+                                        torch.maximum(x.abs() - 0.95, y.abs() - 0.32)),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.68).abs() - 0.27,
+    "bar": lambda x, y: torch.maximum(x.abs() - 0.98, y.abs() - 0.40),
+    "diamond": lambda x, y: (x.abs() + y.abs() - 1.0) * 0.7071,
+    "star": star,
+}
+SHAPE_NAMES = list(SHAPES)
 COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18, 0.35, 0.95),
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90),
           "orange": (1.00, 0.55, 0.10), "white": (0.97, 0.97, 0.97)}
@@ -222,7 +227,6 @@ COLOR_NAMES = list(COLORS)
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = (0.11, 0.172)                 # small and large, as a share of the image size
 SPLITS = {"train": 0, "val": 1, "arm": 2, "tokenizer": 3, "grid": 4}
-
 
 def uniforms(seed: int, split: str, index: np.ndarray, n: int) -> np.ndarray:
     """n numbers in [0, 1) for each index, a pure function of (seed, split, index): the SplitMix64 counter hash; (B, n)."""
@@ -235,7 +239,6 @@ def uniforms(seed: int, split: str, index: np.ndarray, n: int) -> np.ndarray:
         state = mix(stream + np.asarray(index, np.uint64))                                        # (B,)
         counter = (np.arange(n, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         return (mix(state[:, None] + counter) >> np.uint64(11)) * 2.0 ** -53                      # (B, n)
-
 
 @dataclass
 class Scenes:
@@ -257,16 +260,16 @@ class Scenes:
     def pick(self, index) -> "Scenes":
         return Scenes(*(value[index] for value in vars(self).values()))
 
-
 def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0.25) -> Scenes:
     """Scenes number `index` of a split: 1 to max_objects objects that stay apart, but for one overlapping pair in a
     share `overlap` of the scenes. The camera looks down on a table: objects lower in the picture are nearer.
     """
     B, M, P = len(index), cfg.max_objects, cfg.image_size
     tries = 12
-    u = uniforms(cfg.seed, split, index, 16 + M * (5 + 2 * tries))
-    scene_u, object_u = u[:, :16], u[:, 16:].reshape(B, M, -1)
-    count = 1 + (scene_u[:, 0] * M).astype(np.int64)
+    draws = 5 + 2 * tries                        # of each object
+    u = uniforms(cfg.seed, split, index, 16 + M * draws)
+    scene_u, object_u = u[:, :16], u[:, 16:].reshape(B, M, draws)
+    count = 1 + (scene_u[:, 0] ** 0.7 * M).astype(np.int64)
     shape, color = (object_u[..., 0] * cfg.shapes).astype(np.int64), (object_u[..., 1] * cfg.colors).astype(np.int64)
     # a third of the scenes repeat one kind of object, so that there is something to count
     repeats_shape, repeats_color = scene_u[:, 1] < 0.35, (scene_u[:, 1] < 0.2) | (scene_u[:, 1] > 0.9)
@@ -308,35 +311,6 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
                   (scene_u[:, 4] * len(BACKGROUNDS)).astype(np.int64),
                   np.concatenate([amplitude[:, :1], take(amplitude[:, 1:])], 1), scene_u[:, 8:])
 
-
-def signed_distance(shape: int, x: Tensor, y: Tensor) -> Tensor:
-    """Distance to the outline of a shape of radius 1, negative inside; y points down. Any shapes that broadcast."""
-    ax, ay = x.abs(), y.abs()
-    name = SHAPES[shape]
-    if name == "circle":
-        return (x * x + y * y).sqrt() - 0.95
-    if name == "square":
-        return torch.maximum(ax, ay) - 0.82
-    if name == "triangle":
-        return torch.maximum(y - 0.75, 0.889 * ax - 0.457 * y - 0.457)
-    if name == "cross":
-        return torch.minimum(torch.maximum(ax - 0.32, ay - 0.95), torch.maximum(ax - 0.95, ay - 0.32))
-    if name == "ring":
-        return ((x * x + y * y).sqrt() - 0.68).abs() - 0.27
-    if name == "bar":
-        return torch.maximum(ax - 0.98, ay - 0.40)
-    if name == "diamond":
-        return (ax + ay - 1.0) * 0.7071
-    # star: fold the plane into half a spike, then one straight edge from the tip to the inner corner
-    angle = torch.remainder(torch.atan2(x, -y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5
-    length = (x * x + y * y).sqrt()
-    across, along = length * angle.sin().abs(), length * angle.cos()
-    inner = 0.42
-    corner = (inner * math.sin(math.pi / 5), inner * math.cos(math.pi / 5))
-    edge = (corner[0], corner[1] - 1.0)
-    return (across * -edge[1] + (along - 1.0) * edge[0]) / math.hypot(*edge)
-
-
 @dataclass
 class Rendered:
     """What the renderer knows about a batch of scenes."""
@@ -346,7 +320,6 @@ class Rendered:
 
     def pick(self, index) -> "Rendered":
         return Rendered(*(value[index] for value in vars(self).values()))
-
 
 def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.device = "cpu") -> Rendered:
     """Paint scenes back to front with smooth edges. `shift` moves the camera sideways by up to that many pixels for the
@@ -365,7 +338,7 @@ def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.
         b, m = torch.nonzero((torch.as_tensor(scenes.shape) == s) & exists, as_tuple=True)
         if len(b):
             b, m = b.to(device), m.to(device)
-            distance = signed_distance(s, dx[b, m][:, None, :], dy[b, m][:, :, None])             # (n, P, P)
+            distance = SHAPES[SHAPE_NAMES[s]](dx[b, m][:, None, :], dy[b, m][:, :, None])             # (n, P, P)
             cover[b, m] = (0.5 - distance * radius[b, m][:, None, None]).clamp(0, 1)
     amplitude = put(scenes.texture)
     diagonal = torch.sin((pixel[:, None] + pixel[None, :]) * (2 * math.pi / 4))                   # (P, P)
@@ -383,21 +356,17 @@ def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.
         depth = torch.where(front, (0.3 + 0.6 * nearness[:, m] + 0.02 * m)[:, None, None], depth)
     return Rendered(image.clamp(0, 1), instance, depth)
 
-
-# =====================================================================================================================
-# 3. Language: words, captions, questions
-# =====================================================================================================================
+# ==== 3. Language: words, captions, questions =======================================================================
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 LEXICON = """a and is are there the of in to than how many what color shape where object objects more plus list big small
-left right above below front bigger smaller top middle bottom center yes no zero one two three four five six seven eight
+left right above below front bigger smaller or top middle bottom center yes no zero one two three four five six seven eight
 nine ten circle circles square squares triangle triangles cross crosses ring rings bar bars diamond diamonds star stars
 red green blue yellow purple cyan orange white segment paint every each separately instances with different colors another
 class classes by its own mark kind things stuff everything only draw boxes around all box this image picture depth map
 estimate near far show view from moved camera shift fill missing part hole complete hidden edges detect outlines trace
 reconstruct copy repeat again remove noise denoise clean blur sharpen deblur make sharp enlarge restore detail upscale
 resolution brighten dark light enhance rain derain rainy streaks now please as it was without"""
-
 
 class Text:
     """Words of the training text plus UTF-8 bytes: short sequences, no unknown words, lossless for any input."""
@@ -426,31 +395,25 @@ class Text:
         text = b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
         return text[1:] if text.startswith(" ") else text
 
-
 TEXT = Text()
 Thing = namedtuple("Thing", "shape color size x y radius index")       # words and pixels of one object, for the language
 
-
 def things(scenes: Scenes, b: int) -> list[Thing]:
-    return [Thing(SHAPES[scenes.shape[b, m]], COLOR_NAMES[scenes.color[b, m]], ("small", "big")[scenes.size[b, m]],
+    return [Thing(SHAPE_NAMES[scenes.shape[b, m]], COLOR_NAMES[scenes.color[b, m]], ("small", "big")[scenes.size[b, m]],
                   float(scenes.x[b, m]), float(scenes.y[b, m]), float(scenes.radius[b, m]), m)
             for m in range(int(scenes.count[b]))]
 
-
 def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
-
 
 def unique(objects: list[Thing]) -> list[Thing]:
     """Objects that 'the COLOR SHAPE' picks out without doubt."""
     names = [(o.color, o.shape) for o in objects]
     return [o for o in objects if names.count((o.color, o.shape)) == 1]
 
-
 def where(o: Thing, P: int) -> str:
     return (f"{('top', 'middle', 'bottom')[min(2, int(o.y * 3 / P))]} "
             f"{('left', 'center', 'right')[min(2, int(o.x * 3 / P))]}")
-
 
 def relation(a: Thing, b: Thing) -> str | None:
     """How a lies to b, where one direction clearly wins; None on a diagonal."""
@@ -459,11 +422,9 @@ def relation(a: Thing, b: Thing) -> str | None:
         return None
     return ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
 
-
 def scan_order(objects: list[Thing], P: int) -> list[Thing]:
     """Top to bottom in quarters of the picture, left to right within one."""
     return sorted(objects, key=lambda o: (int(o.y * 4 / P), o.x))
-
 
 # --- captions: GenEval's six kinds (arXiv 2310.11513), and a longer one ---------------------------------------------
 
@@ -493,11 +454,9 @@ def captions(objects: list[Thing]) -> dict[str, str]:
                                   for (c, s), k in groups.items())
     return found
 
-
 def describe(objects: list[Thing], P: int) -> str:
     """Everything there is to say about a scene, in scan order: the dense text signal of the dialogues."""
     return ", ".join(f"{o.size} {o.color} {o.shape} {where(o, P)}" for o in scan_order(objects, P)) + "."
-
 
 # --- questions: (objects, rng, cfg) → (question, answer), or None where the scene does not allow one ------------------
 
@@ -508,16 +467,14 @@ def balanced(options: list[tuple[str, str]], rng: random.Random) -> tuple[str, s
     answer = rng.choice(sorted({a for _, a in options}))
     return rng.choice([option for option in options if option[1] == answer])
 
-
 def category(objects: list[Thing], rng: random.Random, cfg: Config) -> tuple[str, int]:
     """A set of objects in words, with its size: 'circles', 'red objects'; a third of the time perhaps an empty one."""
-    pool = objects if rng.random() < 0.67 else [Thing(SHAPES[int(rng.random() * cfg.shapes)],
+    pool = objects if rng.random() < 0.67 else [Thing(SHAPE_NAMES[int(rng.random() * cfg.shapes)],
                                                       COLOR_NAMES[int(rng.random() * cfg.colors)], *[None] * 5)]
     o = pool[int(rng.random() * len(pool))]
     if rng.random() < 0.5:
         return plural(o.shape), sum(p.shape == o.shape for p in objects)
     return f"{o.color} objects", sum(p.color == o.color for p in objects)
-
 
 def ask_existence(objects, rng, cfg):
     present = {(o.color, o.shape) for o in objects}
@@ -528,28 +485,24 @@ def ask_existence(objects, rng, cfg):
     absent = sorted({(o.color, p.shape) for o in objects for p in objects} - present)
     if not absent or rng.random() < 0.3:
         half = rng.choice(objects)
-        absent = [(half.color, s) for s in SHAPES[:cfg.shapes]] + [(c, half.shape) for c in COLOR_NAMES[:cfg.colors]]
+        absent = [(half.color, s) for s in SHAPE_NAMES[:cfg.shapes]] + [(c, half.shape) for c in COLOR_NAMES[:cfg.colors]]
         absent = [pair for pair in absent if pair not in present]
     color, shape = rng.choice(absent)
     return f"is there a {color} {shape}?", "no"
 
-
 def ask_counting(objects, rng, cfg):
     sets = [category(objects, rng, cfg) for _ in range(4)] + [("objects", len(objects))]
     return balanced([(f"how many {name}?", NUMBERS[n]) for name, n in sets], rng)
-
 
 def ask_color(objects, rng, cfg):
     shapes = [o.shape for o in objects]
     options = [(f"what color is the {o.shape}?", o.color) for o in objects if shapes.count(o.shape) == 1]
     return rng.choice(options) if options else None
 
-
 def ask_shape(objects, rng, cfg):
     colors = [o.color for o in objects]
     options = [(f"what shape is the {o.color} object?", o.shape) for o in objects if colors.count(o.color) == 1]
     return rng.choice(options) if options else None
-
 
 def pairs(objects: list[Thing], rng: random.Random):
     """Two different objects that both have an unmistakable name, in random order."""
@@ -557,49 +510,39 @@ def pairs(objects: list[Thing], rng: random.Random):
     rng.shuffle(found)
     return found
 
-
 def ask_relation(objects, rng, cfg):
-    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     for a, b in pairs(objects, rng):
-        truth = relation(a, b)
-        if truth:
-            asked, answer = (truth, "yes") if rng.random() < 0.5 else (opposite[truth], "no")
-            return f"is the {a.color} {a.shape} {asked} the {b.color} {b.shape}?", answer
-
+        if relation(a, b):
+            return f"where is the {a.color} {a.shape} from the {b.color} {b.shape}?", relation(a, b).split()[0]
 
 def ask_location(objects, rng, cfg):
     options = unique(objects)
     o = rng.choice(options) if options else None
     return (f"where is the {o.color} {o.shape}?", where(o, cfg.image_size)) if o else None
 
-
 def ask_size(objects, rng, cfg):
     for a, b in pairs(objects, rng):
         if a.size != b.size:
             word = rng.choice(["bigger", "smaller"])
-            answer = "yes" if (a.size == "big") == (word == "bigger") else "no"
-            return f"is the {a.color} {a.shape} {word} than the {b.color} {b.shape}?", answer
-
+            o = a if (a.size == "big") == (word == "bigger") else b
+            return f"what is {word}, the {a.color} {a.shape} or the {b.color} {b.shape}?", f"{o.color} {o.shape}"
 
 def ask_occlusion(objects, rng, cfg):
     for a, b in pairs(objects, rng):
         if max(abs(a.x - b.x), abs(a.y - b.y)) < 0.85 * (a.radius + b.radius):
-            return (f"is the {a.color} {a.shape} in front of the {b.color} {b.shape}?",
-                    "yes" if a.index > b.index else "no")                   # objects are listed back to front
-
+            o = a if a.index > b.index else b                               # objects are listed back to front
+            return f"what is in front, the {a.color} {a.shape} or the {b.color} {b.shape}?", f"{o.color} {o.shape}"
 
 def ask_compare(objects, rng, cfg):
     sets = [category(objects, rng, cfg) for _ in range(5)]
     return balanced([(f"are there more {a} than {b}?", "yes" if n > m else "no")
                      for a, n in sets for b, m in sets if a != b], rng)
 
-
 def ask_arithmetic(objects, rng, cfg):
     sets = [category(objects, rng, cfg) for _ in range(3)]
     options = [(f"how many {a} plus {NUMBERS[k]}?", NUMBERS[n + k]) for a, n in sets for k in (1, 2, 3)]
     options += [(f"how many {a} plus {b}?", NUMBERS[n + m]) for a, n in sets for b, m in sets if a != b]
     return balanced(options, rng)
-
 
 QUESTIONS = {   # kind → (level, function). The paper: perception improves, reasoning does not.
     "existence": ("perception", ask_existence), "counting": ("perception", ask_counting),
@@ -609,10 +552,8 @@ QUESTIONS = {   # kind → (level, function). The paper: perception improves, re
     "compare": ("reasoning", ask_compare), "arithmetic": ("reasoning", ask_arithmetic),
 }
 
-
 def word_rng(scenes: Scenes, b: int) -> random.Random:
     return random.Random(int(scenes.seeds[b, 0] * 2 ** 53))
-
 
 def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int) -> tuple[list[int], list[bool]]:
     """Questions and answers about one scene in random order until the budget is full, a description last.
@@ -641,10 +582,7 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     turn("list the objects.", listing)
     return ids, supervised
 
-
-# =====================================================================================================================
-# 4. Proxies: what the model may be asked to draw of an image that it looks at
-# =====================================================================================================================
+# ==== 4. Proxies: what the model may be asked to draw of an image that it looks at ==================================
 
 # Well-separated colors; index 0 is the background. Instances take them in scan order, which leaves the model no choice
 # to guess (SegGPT lost 9-10 points with random colors).
@@ -652,18 +590,15 @@ PALETTE = torch.tensor([(0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), 
                         (50, 225, 235), (250, 140, 20), (250, 250, 250), (130, 20, 190), (120, 75, 30), (10, 110, 100),
                         (128, 128, 128)]) / 255
 
-
 def paint(ids: Tensor, lut: Tensor) -> Tensor:
     """Color an index map: ids (B, P, P), lut (B, n, 3) of colors for each sample → (B, 3, P, P)."""
     B, P, _ = ids.shape
     flat = lut.gather(1, ids.reshape(B, -1, 1).expand(-1, -1, 3))                                 # (B, P·P, 3)
     return flat.reshape(B, P, P, 3).permute(0, 3, 1, 2)
 
-
 def per_object(scenes: Scenes, values: np.ndarray, like: Tensor) -> Tensor:
     """(B, M) numbers of objects → (B, 1 + M) for indexing with an instance map; the background gets 0."""
     return F.pad(torch.as_tensor(values, device=like.device), (1, 0))
-
 
 def instance_rank(cfg: Config, scenes: Scenes) -> np.ndarray:
     """1, 2, … for the objects of a scene from top to bottom (in quarters) and left to right; (B, M)."""
@@ -671,14 +606,11 @@ def instance_rank(cfg: Config, scenes: Scenes) -> np.ndarray:
     key = np.floor(scenes.y * 4 / cfg.image_size) * cfg.image_size + scenes.x + np.where(exists, 0, 1e6)
     return key.argsort(1).argsort(1) + 1
 
-
 def instance(cfg, scenes, r):
     return paint(r.instance, PALETTE.to(r.image.device)[per_object(scenes, instance_rank(cfg, scenes), r.image)])
 
-
 def semantic(cfg, scenes, r):
     return paint(r.instance, PALETTE.to(r.image.device)[per_object(scenes, scenes.shape + 1, r.image)])
-
 
 def panoptic(cfg, scenes, r):
     """The class is the hue, the instance the shade; the background is stuff, not nothing."""
@@ -687,81 +619,62 @@ def panoptic(cfg, scenes, r):
     colors[:, 0] = 0.5
     return paint(r.instance, colors.clamp(0, 1))
 
-
 def referent(scenes: Scenes, b: int) -> Thing:
     objects = things(scenes, b)
     return objects[int(scenes.seeds[b, 1] * len(objects))]
 
-
 def referring(cfg, scenes, r):
     chosen = [referent(scenes, b) for b in range(len(scenes))]
-    match = ((scenes.shape == np.array([[SHAPES.index(o.shape)] for o in chosen]))
+    match = ((scenes.shape == np.array([[SHAPE_NAMES.index(o.shape)] for o in chosen]))
              & (scenes.color == np.array([[COLOR_NAMES.index(o.color)] for o in chosen])))
     return paint(r.instance, PALETTE.to(r.image.device)[8 * per_object(scenes, match.astype(np.int64), r.image)])
 
-
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
-    out = torch.zeros_like(r.image)
-    colors = PALETTE.to(r.image.device)[per_object(scenes, instance_rank(cfg, scenes), r.image)]
-    for m in range(1, scenes.shape.shape[1] + 1):
-        mask = r.instance == m                                                                    # (B, P, P)
-        spans = []
-        for dim in (2, 1):                                                   # rows, then columns, that hold the object
-            line = mask.any(dim).float()                                                          # (B, P)
-            spans.append(line.cumsum(1).clamp(max=1) * line.flip(1).cumsum(1).flip(1).clamp(max=1))
-        rows, cols = spans
-        inside = lambda line: F.pad(line, (1, 1)).unfold(1, 3, 1).amin(-1)   # the span without its two ends
-        box = rows[:, :, None] * cols[:, None, :] - inside(rows)[:, :, None] * inside(cols)[:, None, :]
-        out = torch.where(box[:, None] > 0, colors[:, m, :, None, None], out)
-    return out
-
+    ids = torch.zeros_like(r.instance)
+    for b, m in np.argwhere(instance_rank(cfg, scenes) <= scenes.count[:, None]):
+        rows, cols = torch.nonzero(r.instance[b] == m + 1, as_tuple=True)
+        if len(rows):
+            top, bottom, left, right = rows.min(), rows.max(), cols.min(), cols.max()
+            ids[b, [top, bottom], left:right + 1] = m + 1
+            ids[b, top:bottom + 1, [left, right]] = m + 1
+    return paint(ids, PALETTE.to(ids.device)[per_object(scenes, instance_rank(cfg, scenes), ids)])
 
 def depth(cfg, scenes, r):
     return r.depth[:, None].expand(-1, 3, -1, -1)
 
-
 def novel_view(cfg, scenes, r):
     return render(cfg, scenes, shift=cfg.image_size / 6, device=r.image.device).image
-
 
 def edges(cfg, scenes, r):
     gray = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     dx, dy = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2], gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
     return (4 * (dx.square() + dy.square()).sqrt()).clamp(0, 1).expand(-1, 3, -1, -1)
 
-
 def original(cfg, scenes, r):
     return r.image
 
-
 def shuffled(cfg, scenes, r):
     return instance(cfg, scenes, r).roll(1, 0)
-
 
 # What restoration proxies do to the image that the model sees; (image, generator) → image.
 def noise(x: Tensor, g: torch.Generator) -> Tensor:
     return x + 0.15 * torch.randn(x.shape, generator=g).to(x.device)
 
-
 def blur(x: Tensor, g: torch.Generator) -> Tensor:
     k = 2 * max(1, x.shape[-1] // 24) + 1
     return F.avg_pool2d(F.pad(x, (k // 2,) * 4, mode="replicate"), k, 1)
 
-
 def shrink(x: Tensor, g: torch.Generator) -> Tensor:
     return F.avg_pool2d(x, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
 
-
 def darken(x: Tensor, g: torch.Generator) -> Tensor:
     return 0.2 * x + 0.02 * torch.randn(x.shape, generator=g).to(x.device)
-
 
 def rain(x: Tensor, g: torch.Generator) -> Tensor:
     drops = (torch.rand(x.shape[0], 1, *x.shape[2:], generator=g) < 0.02).float().to(x.device)
     streaks = sum(drops.roll((i, -(i // 2)), (2, 3)) for i in range(x.shape[-1] // 8))
     return x + 0.5 * streaks.clamp(0, 1)
-
 
 def hole(x: Tensor, g: torch.Generator) -> Tensor:
     P = x.shape[-1]
@@ -769,7 +682,6 @@ def hole(x: Tensor, g: torch.Generator) -> Tensor:
     line = torch.arange(P, device=x.device)
     inside = (line >= corner[..., None]) & (line < corner[..., None] + P // 2)                    # (B, 2, P)
     return torch.where((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.5, x)
-
 
 # name → (level, prompts, target, source). All prompts have six tokens, every arm sees the same scenes, replay and steps:
 # arms differ in the target image alone. DIFFERS: restoring something needs something broken, so the six arms with a
@@ -797,7 +709,6 @@ PROXIES = {
     "derain": Proxy("low", ("remove rain from the image.", "clean streaks of the picture."), original, rain),
 }
 
-
 def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Tensor, list[str], Tensor]:
     """What the model sees (B, 3, P, P), the prompts, and what it must draw (B, 3, P, P), for one proxy."""
     proxy = PROXIES[name]
@@ -809,24 +720,18 @@ def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Te
         prompts.append(prompt.format(**referent(scenes, b)._asdict()) if "{" in prompt else prompt)
     return source, prompts, proxy.target(cfg, scenes, r)
 
-
-# =====================================================================================================================
-# 5. Vision tokenizer: image ↔ grid of ids
-# =====================================================================================================================
+# ==== 5. Vision tokenizer: image ↔ grid of ids ======================================================================
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, in) times a weight (out, in) kept in fp32 and used in the precision of x."""
     return F.linear(x, weight.to(x.dtype))
 
-
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))          # no learned scale: the next matrix can absorb one
-
 
 def matrix(*shape: int, gain: float = 1.0) -> nn.Parameter:
     """A weight (…, out, in) with outputs of about the variance of its inputs."""
     return nn.Parameter(torch.randn(*shape) * gain / math.sqrt(shape[-1]))
-
 
 def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin for rotary positions in two dimensions: half of each head turns with the row, half with the column.
@@ -838,16 +743,13 @@ def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     angle = (positions.float()[..., None] * frequency).flatten(-2)                                # (…, S, head_dim/2)
     return angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)
 
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
-
 def grid_positions(G: int) -> Tensor:
     line = torch.arange(G)
     return torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(G * G, 2)           # (N, 2)
-
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention with normalised queries and keys, then a squared-ReLU MLP; no biases."""
@@ -872,31 +774,47 @@ class Block(nn.Module):
         x = x + linear(mixed.transpose(1, 2).reshape(B, S, D), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
+class Stem(nn.Module):
+    """Image → one vector a patch, from a window of `reach` patches a side around it: a small convolutional stem as matrix
+    products. Trains far faster than linear patches, and far faster than convolutions run on a CPU.
+    """
+    def __init__(self, patch: int, reach: int, width: int, residuals: int = 0):
+        super().__init__()
+        self.patch, self.reach = patch, reach
+        self.stem_in = matrix(4 * width, 3 * (reach * patch) ** 2)
+        self.stem_out = matrix(width, 4 * width)
+        self.up = nn.ParameterList(matrix(4 * width, width) for _ in range(residuals))
+        self.down = nn.ParameterList(matrix(width, 4 * width, gain=0.0) for _ in range(residuals))
 
-def to_patches(image: Tensor, patch: int) -> Tensor:
-    B, C, P, _ = image.shape
-    G = P // patch
-    return image.view(B, C, G, patch, G, patch).permute(0, 2, 4, 1, 3, 5).reshape(B, G * G, C * patch * patch)
-
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B, 3, P, P) in [0, 1] → (B, N, D)."""
+        p, k = self.patch, self.reach * self.patch
+        windows = F.unfold(F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate"), k, stride=p)
+        windows = windows[..., :(image.shape[-1] // p) ** 2].transpose(1, 2)                      # (B, N, 3·k²)
+        x = linear(F.gelu(linear(windows, self.stem_in)), self.stem_out)
+        for up, down in zip(self.up, self.down):
+            x = x + linear(F.relu(linear(norm(x), up)).square(), down)
+        return norm(x)
 
 def from_patches(x: Tensor, patch: int) -> Tensor:
     B, N, C = x.shape
     G = math.isqrt(N)
     return x.view(B, G, G, C // patch ** 2, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, G * patch, G * patch)
 
-
 class VisionTokenizer(nn.Module):
     """Autoencoder with finite scalar quantization (arXiv 2309.15505): a few bounded channels, each rounded to a few
     levels; the codebook is their product, cannot collapse and needs no auxiliary loss.
+
+    The encoder sees one patch and a margin, the decoder everything. An encoder with attention reconstructs worse (README)
+    and, since equal patches get different codes in different pictures, its codes are harder to predict.
     """
     def __init__(self, cfg: Config):
         super().__init__()
         self.patch, width, C = cfg.patch, cfg.tok_width, len(cfg.levels)
-        self.patch_in = matrix(width, 3 * cfg.patch ** 2)
-        self.place = nn.Parameter(0.5 * torch.randn(2, cfg.tokens, width))                        # encoder, decoder
-        self.encoder = nn.ModuleList(Block(width, 32) for _ in range(cfg.tok_depth))
+        self.encoder = Stem(cfg.patch, cfg.tok_reach, width, residuals=1)
         self.to_code = matrix(C, width)
         self.from_code = matrix(width, C, gain=2.0)
+        self.place = nn.Parameter(0.5 * torch.randn(cfg.tokens, width))
         self.decoder = nn.ModuleList(Block(width, 32) for _ in range(cfg.tok_depth))
         self.patch_out = matrix(3 * cfg.patch ** 2, width, gain=0.1)
         levels = torch.tensor(cfg.levels)
@@ -905,13 +823,6 @@ class VisionTokenizer(nn.Module):
         cos, sin = rotary_table(grid_positions(cfg.grid), 32)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-
-    def trunk(self, blocks: nn.ModuleList, x: Tensor, block=Block.forward) -> Tensor:
-        B, N, _ = x.shape
-        lo = torch.zeros(B, N, dtype=torch.int32, device=x.device)
-        for weights in blocks:
-            x = block(weights, x, self.cos, self.sin, lo, lo + N)
-        return norm(x)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (…, C) of any size → the nearest code in (-1, 1), with a straight-through gradient, and its id (…).
@@ -929,16 +840,19 @@ class VisionTokenizer(nn.Module):
         digits = ids[..., None] // self.basis % self.levels
         return (digits + 0.5) / (self.levels / 2) - 1
 
-    def features(self, image: Tensor, dtype: torch.dtype = torch.float32, block=Block.forward) -> Tensor:
-        """image (B, 3, P, P) in [0, 1] → unquantized channels (B, N, C); the blocks compute in `dtype`."""
-        x = norm(linear(to_patches(image * 2 - 1, self.patch), self.patch_in)) + self.place[0]
-        return linear(self.trunk(self.encoder, x.to(dtype), block).float(), self.to_code)
+    def features(self, image: Tensor) -> Tensor:
+        """image (B, 3, P, P) in [0, 1] → unquantized channels (B, N, C)."""
+        return linear(self.encoder(image).float(), self.to_code)
 
     def reconstruct(self, code: Tensor, dtype: torch.dtype = torch.float32, block=Block.forward) -> Tensor:
-        """code (B, N, C) → image (B, 3, P, P), not clamped so that training has a gradient everywhere."""
-        x = norm(linear(code, self.from_code)) + self.place[1]
-        x = linear(self.trunk(self.decoder, x.to(dtype), block).float(), self.patch_out)
-        return from_patches(x, self.patch) * 0.5 + 0.5
+        """code (B, N, C) → image (B, 3, P, P), not clamped so that training has a gradient everywhere; the blocks compute
+        in `dtype`.
+        """
+        x = (norm(linear(code, self.from_code)) + self.place).to(dtype)
+        lo = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
+        for weights in self.decoder:
+            x = block(weights, x, self.cos, self.sin, lo, lo + x.shape[1])
+        return from_patches(linear(norm(x).float(), self.patch_out), self.patch) * 0.5 + 0.5
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -950,10 +864,7 @@ class VisionTokenizer(nn.Module):
         """ids (B, N) → image (B, 3, P, P) in [0, 1]."""
         return self.reconstruct(self.code(ids)).clamp(0, 1)
 
-
-# =====================================================================================================================
-# 6. The unified model
-# =====================================================================================================================
+# ==== 6. The unified model ==========================================================================================
 
 class UnifiedModel(nn.Module):
     """One transformer over understanding patches, text ids and image ids, with a text head and an image head.
@@ -967,19 +878,10 @@ class UnifiedModel(nn.Module):
         self.mask_id = len(TEXT) + cfg.codebook
         self.embed = nn.Parameter(torch.randn(self.mask_id + 1, D))
         self.place = nn.Parameter(0.5 * torch.randn(1 + 2 * N + cfg.row_len, D))
-        # overlapping windows twice the patch: what a small convolutional stem sees, as one matrix product
-        self.stem_in = matrix(2 * D, 3 * (2 * cfg.patch) ** 2)
-        self.stem_out = matrix(D, 2 * D)
+        self.see = Stem(cfg.patch, 2, D)                                 # image (B, 3, P, P) → features (B, N, D)
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
         self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))         # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
-
-    def see(self, image: Tensor) -> Tensor:
-        """image (B, 3, P, P) in [0, 1] → understanding features (B, N, D)."""
-        p = self.cfg.patch
-        windows = F.unfold(image * 2 - 1, 2 * p, stride=p, padding=(p + 1) // 2)
-        windows = windows.transpose(1, 2)[:, :self.cfg.tokens]                                    # (B, N, 3·(2p)²)
-        return norm(linear(F.gelu(linear(windows, self.stem_in)), self.stem_out))
 
     def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None) -> Tensor:
         """ids, slots (B, S) → (B, S, D); understanding features go to the flat places patch_at."""
@@ -1003,51 +905,143 @@ class UnifiedModel(nn.Module):
     def image_logits(self, h: Tensor) -> Tensor:
         return linear(h, self.image_head).float()
 
+# ==== 7. Batches: documents packed into rows of one length ==========================================================
 
-# =====================================================================================================================
-# 7. Sampling: answers and pictures
-# =====================================================================================================================
+@dataclass
+class Batch:
+    """Rows of S tokens, and where in the flattened (B·S) rows everything lies. All shapes depend on the config alone."""
+    ids: Tensor                       # (B, S) text ids; places of patches and image tokens hold 0
+    slots: Tensor                     # (B, S) learned position
+    positions: Tensor                 # (B, S, 2) rotary position
+    lo: Tensor                        # (B, S) int32, the interval a row may attend to
+    hi: Tensor                        # (B, S)
+    images: Tensor                    # (n, 3, P, P) images to understand
+    patch_at: Tensor                  # (n·N,) where their patches go
+    text_at: Tensor                   # (t,) places whose next token may be supervised
+    text_target: Tensor               # (t,) that token, or -100
+    targets: Tensor                   # (m, 3, P, P) images to draw: first those of captions, then those of the proxy
+    code_at: Tensor                   # (m·N,) where their tokens go
+    is_masked: Tensor                 # (m, N) which of their tokens the model must predict
+    captioned: int                    # how many targets belong to captions
 
-def prefix_rows(cfg: Config, texts: list[list[int]], with_image: bool, device) -> tuple[Tensor, ...]:
-    """Right-aligned conditions of one length L: ids, slots (B, L), positions (B, L, 2), patch_at or None, start (B,)."""
-    N, G = cfg.tokens * with_image, cfg.grid
-    L = N + max(len(t) for t in texts)
-    ids, slots = torch.zeros(len(texts), L, dtype=torch.long), torch.zeros(len(texts), L, dtype=torch.long)
-    positions, start = torch.zeros(len(texts), L, 2), torch.zeros(len(texts), dtype=torch.int32)
-    patch_at = []
-    for b, text in enumerate(texts):
-        first, T = L - N - len(text), len(text)
-        start[b] = first
-        if with_image:
-            slots[b, first:first + N] = 1 + torch.arange(N)
-            positions[b, first:first + N] = grid_positions(G).float()
-            patch_at.append(b * L + first + torch.arange(N))
-        ids[b, L - T:] = torch.tensor(text, dtype=torch.long)
-        slots[b, L - T:] = 1 + 2 * cfg.tokens + torch.arange(T)
-        positions[b, L - T:] = (G + torch.arange(T).float())[:, None]
-    patch_at = torch.cat(patch_at).to(device) if with_image else None
-    return ids.to(device), slots.to(device), positions.to(device), patch_at, start.to(device)
+    def to(self, device) -> "Batch":
+        move = lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
+class Rows:
+    """Packs documents `[patches] text [image tokens]` into rows; what is left of a row is padding that sees nothing."""
+    def __init__(self, cfg: Config, n: int, S: int):
+        self.cfg, self.length = cfg, S
+        self.ids, self.slots = np.zeros((n, S), np.int64), np.zeros((n, S), np.int64)
+        self.positions = np.zeros((n, S, 2), np.float32)
+        self.lo, self.hi = np.zeros((n, S), np.int32), np.zeros((n, S), np.int32)
+        self.arrays = self.ids, self.slots, self.positions, self.lo, self.hi
+        self.next = np.full((n, S), -100, np.int64)                   # the token to predict, where it is supervised
+        self.patch_at, self.code_at = [], []
+        self.grid = grid_positions(cfg.grid).numpy()
+
+    def add(self, row: int, start: int, text: list[int], supervised: list[bool] | None = None, *,
+            patches: bool = False, codes: bool = False) -> int:
+        """Place one document at column `start` of a row and return the column behind it."""
+        N, G, S, at = self.cfg.tokens, self.cfg.grid, self.length, start
+        if patches:
+            self.slots[row, at:at + N] = 1 + np.arange(N)
+            self.positions[row, at:at + N] = self.grid
+            self.hi[row, at:at + N] = at + N                          # the image block sees all of itself
+            self.patch_at.append(row * S + at + np.arange(N))
+            at += N
+        T = len(text)
+        self.ids[row, at:at + T] = text
+        self.slots[row, at:at + T] = 1 + 2 * N + np.arange(T)
+        self.positions[row, at:at + T] = (G + np.arange(T))[:, None]
+        self.hi[row, at:at + T] = at + 1 + np.arange(T)               # text is causal
+        if supervised is not None:
+            self.next[row, at - 1:at + T - 1] = np.where(supervised, text, -100)
+        at += T
+        if codes:
+            self.slots[row, at:at + N] = 1 + N + np.arange(N)
+            self.positions[row, at:at + N] = self.grid
+            self.hi[row, at:at + N] = at + N                          # the target sees the condition and itself
+            self.code_at.append(row * S + at + np.arange(N))
+            at += N
+        assert at <= S, f"a document of {at - start} tokens does not fit a row of {S}"
+        self.lo[row, start:at] = start
+        return at
+
+def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", proxies: int = 0) -> Batch:
+    """The batch of a training step, a pure function of its arguments.
+
+    vqa dialogues, t2i captioned images (two a row) and `proxies` samples of one proxy, all of different scenes. The
+    replay does not depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
+    """
+    N, S, first = cfg.tokens, cfg.row_len, step * 4096
+    rows, index = Rows(cfg, vqa + t2i // 2 + proxies, S), np.arange(vqa + t2i + proxies)
+    index = first + np.where(index < vqa + t2i, index, index - vqa - t2i + 2048)
+    scenes, rest = sample_scenes(cfg, split, index[:vqa]), sample_scenes(cfg, split, index[vqa + t2i:])
+    # captions say nothing of what hides what, so their pictures have all objects apart
+    captioned = sample_scenes(cfg, split, index[vqa:vqa + t2i], overlap=0.0)
+    images, targets = [render(cfg, scenes).image], [render(cfg, captioned).image]
+    for b in range(vqa):
+        rows.add(b, 0, *dialogue(cfg, things(scenes, b), word_rng(scenes, b), S - N), patches=True)
+    end = 0
+    for i in range(t2i):
+        rng = word_rng(captioned, i)
+        prompt = rng.choice(list(captions(things(captioned, i)).values()))
+        text = [Text.BOS] + (TEXT.encode(prompt) if rng.random() >= cfg.condition_drop else [])
+        end = rows.add(vqa + i // 2, end if i % 2 else 0, text, codes=True)
+    if proxies:
+        seen, prompts, wanted = proxy_batch(cfg, proxy, rest, render(cfg, rest))
+        images, targets = images + [seen], targets + [wanted]
+        for i, prompt in enumerate(prompts):
+            rows.add(vqa + t2i // 2 + i, 0, TEXT.encode(prompt), patches=True, codes=True)
+    # which tokens are masked: a share cos(π/2 · u) of each image, at least one (MaskGIT's cosine schedule)
+    u = uniforms(cfg.seed + 1, split, index[vqa:], 1 + N)
+    count = np.maximum(1, np.ceil(np.cos(np.pi / 2 * u[:, :1]) * N))
+    is_masked = u[:, 1:].argsort(1).argsort(1) < count                                            # (m, N)
+    text_at = (np.arange(vqa)[:, None] * S + np.arange(N - 1, S - 1)).reshape(-1)
+    t, places = torch.from_numpy, lambda found: torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *found]))
+    return Batch(*map(t, rows.arrays), torch.cat(images), places(rows.patch_at), t(text_at),
+                 t(rows.next.reshape(-1)[text_at]), torch.cat(targets), places(rows.code_at), t(is_masked), t2i)
+
+def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward) -> dict[str, Tensor]:
+    """Cross-entropy of the supervised text, and of the masked tokens of captioned images and of proxy targets.
+
+    Each is averaged over its own tokens (the paper's rule), so that adding a proxy does not thin out the replay.
+    """
+    V, dtype = len(TEXT), compute_dtype(batch.ids.device)
+    codes = tokenizer.encode(batch.targets)                                                       # (m, N)
+    shown = torch.where(batch.is_masked, model.mask_id, V + codes)
+    ids = batch.ids.flatten().index_copy(0, batch.code_at, shown.flatten()).view_as(batch.ids)
+    x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
+    h = model.trunk(x, batch.positions, Layout(batch.lo, batch.hi), block=block).flatten(0, 1)    # (B·S, D)
+    each = F.cross_entropy(model.image_logits(h[batch.code_at]), codes.flatten(), reduction="none").view_as(codes)
+    each, n, out = each * batch.is_masked, batch.captioned, {}
+    if len(batch.text_at):
+        out["text"] = F.cross_entropy(model.text_logits(h[batch.text_at]), batch.text_target, ignore_index=-100)
+    if n:
+        out["t2i"] = each[:n].sum() / batch.is_masked[:n].sum()
+    if len(each) > n:
+        out["proxy"] = each[n:].sum() / batch.is_masked[n:].sum()
+    return out
+
+# ==== 8. Sampling: answers and pictures =============================================================================
 
 def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int):
     """Run the condition once. Returns its last hidden state (B, D), caches with room for more, its length L, start (B,).
 
     The condition never sees what follows it, so its keys and values stay valid for every later step.
     """
-    cfg, device = model.cfg, model.embed.device
-    ids, slots, positions, patch_at, start = prefix_rows(cfg, texts, image is not None, device)
-    B, L = ids.shape
-    x = model.embed_rows(ids, slots, model.see(image) if image is not None else None, patch_at).to(compute_dtype(device))
-    heads = cfg.width // cfg.head_dim
-    caches = [KVCache(B, heads, L + room, cfg.head_dim, x) for _ in model.blocks]
-    column = torch.arange(L, device=device, dtype=torch.int32).expand(B, L)
-    block_end = start[:, None] + (cfg.tokens if image is not None else 0)
-    is_row = column >= start[:, None]
-    hi = torch.where(is_row, torch.maximum(column + 1, block_end), 0)
-    lo = torch.where(is_row, start[:, None], 0)
+    cfg, device, N = model.cfg, model.embed.device, 0 if image is None else model.cfg.tokens
+    L = N + max(map(len, texts))
+    rows = Rows(cfg, len(texts), L)
+    for b, text in enumerate(texts):                                  # all conditions end at column L
+        rows.add(b, L - N - len(text), text, patches=image is not None)
+    ids, slots, positions, lo, hi = (torch.from_numpy(a).to(device) for a in rows.arrays)
+    patch_at = torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if N else None
+    x = model.embed_rows(ids, slots, model.see(image) if N else None, patch_at).to(compute_dtype(device))
+    caches = [KVCache(len(x), cfg.width // cfg.head_dim, L + room, cfg.head_dim, x) for _ in model.blocks]
     h = model.trunk(x, positions, Layout(lo, hi), caches)
-    return h[:, -1], caches, L, start
-
+    return h[:, -1], caches, L, lo[:, -1]
 
 @torch.no_grad()
 def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[int]], image: Tensor | None = None, *,
@@ -1097,7 +1091,6 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
         on_step(ids, ids == model.mask_id)
     return tokenizer.decode(ids - V)
 
-
 @torch.no_grad()
 def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int = 24) -> list[str]:
     """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache."""
@@ -1120,223 +1113,17 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
         h = model.trunk(x, positions, Layout(start[:, None], torch.full_like(start[:, None], L + i + 1)), caches, L + i)[:, 0]
     return [TEXT.decode(row) for row in torch.stack(out, 1).tolist()]
 
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where matrix products are faster in it: recent GPUs and CPUs with AVX-512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and CPU_BF16 else torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """SGT_BF16=0 or 1 overrides what the processor says."""
-    if os.environ.get("SGT_BF16") in ("0", "1"):
-        return os.environ["SGT_BF16"] == "1"
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe and probe())
-
-
-CPU_BF16 = cpu_has_bf16()
-
-
-# =====================================================================================================================
-# 8. Batches: documents packed into rows of one length
-# =====================================================================================================================
-
-@dataclass
-class Batch:
-    """Rows of S tokens, and where in the flattened (B·S) rows everything lies. All shapes depend on the config alone."""
-    ids: Tensor                       # (B, S) text ids; places of patches and image tokens hold 0
-    slots: Tensor                     # (B, S) learned position
-    positions: Tensor                 # (B, S, 2) rotary position
-    lo: Tensor                        # (B, S) int32, the interval a row may attend to
-    hi: Tensor                        # (B, S)
-    images: Tensor                    # (n, 3, P, P) images to understand
-    patch_at: Tensor                  # (n·N,) where their patches go
-    text_at: Tensor                   # (t,) places whose next token may be supervised
-    text_target: Tensor               # (t,) that token, or -100
-    targets: Tensor                   # (m, 3, P, P) images to draw: first those of captions, then those of the proxy
-    code_at: Tensor                   # (m·N,) where their tokens go
-    is_masked: Tensor                 # (m, N) which of their tokens the model must predict
-    captioned: int                    # how many targets belong to captions
-
-    def to(self, device) -> "Batch":
-        move = lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-        return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
-
-
-class Rows:
-    """Packs documents `[patches] text [image tokens]` into rows; what is left of a row is padding that sees nothing."""
-    def __init__(self, cfg: Config, n: int):
-        self.cfg, S = cfg, cfg.row_len
-        self.ids, self.slots = np.zeros((n, S), np.int64), np.zeros((n, S), np.int64)
-        self.positions = np.zeros((n, S, 2), np.float32)
-        self.lo, self.hi = np.zeros((n, S), np.int32), np.zeros((n, S), np.int32)
-        self.next = np.full((n, S), -100, np.int64)
-        self.patch_at, self.code_at = [], []
-        self.grid = grid_positions(cfg.grid).numpy()
-
-    def add(self, row: int, start: int, text: list[int], supervised: list[bool] | None = None, *,
-            patches: bool = False, codes: bool = False) -> int:
-        """Place one document at column `start` of a row and return the column behind it."""
-        N, G, S, at = self.cfg.tokens, self.cfg.grid, self.cfg.row_len, start
-        if patches:
-            self.slots[row, at:at + N] = 1 + np.arange(N)
-            self.positions[row, at:at + N] = self.grid
-            self.hi[row, at:at + N] = at + N                          # the image block sees all of itself
-            self.patch_at.append(row * S + at + np.arange(N))
-            at += N
-        T = len(text)
-        self.ids[row, at:at + T] = text
-        self.slots[row, at:at + T] = 1 + 2 * N + np.arange(T)
-        self.positions[row, at:at + T] = (G + np.arange(T))[:, None]
-        self.hi[row, at:at + T] = at + 1 + np.arange(T)               # text is causal
-        if supervised is not None:
-            self.next[row, at - 1:at + T - 1] = np.where(supervised, text, -100)
-        at += T
-        if codes:
-            self.slots[row, at:at + N] = 1 + N + np.arange(N)
-            self.positions[row, at:at + N] = self.grid
-            self.hi[row, at:at + N] = at + N                          # the target sees the condition and itself
-            self.code_at.append(row * S + at + np.arange(N))
-            at += N
-        assert at <= S, f"a document of {at - start} tokens does not fit a row of {S}"
-        self.lo[row, start:at] = start
-        return at
-
-
-def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", proxies: int = 0) -> Batch:
-    """The batch of a training step, a pure function of its arguments.
-
-    vqa dialogues, t2i captioned images (two a row), and `proxies` samples of one proxy: three sets of different scenes.
-    The replay does not depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
-    """
-    n, N, S = vqa + t2i + proxies, cfg.tokens, cfg.row_len
-    index = step * 4096 + np.arange(n)
-    scenes = sample_scenes(cfg, split, index)
-    # captions say nothing of what hides what, so their pictures have all objects apart
-    captioned = sample_scenes(cfg, split, index[vqa:vqa + t2i], overlap=0.0)
-    r, pictures = render(cfg, scenes), render(cfg, captioned).image
-    rows = Rows(cfg, vqa + t2i // 2 + proxies)
-    for b in range(vqa):
-        rows.add(b, 0, *dialogue(cfg, things(scenes, b), word_rng(scenes, b), S - N), patches=True)
-    end = 0
-    for i in range(t2i):
-        rng = word_rng(captioned, i)
-        prompt = rng.choice(list(captions(things(captioned, i)).values()))
-        text = [Text.BOS] + (TEXT.encode(prompt) if rng.random() >= cfg.condition_drop else [])
-        end = rows.add(vqa + i // 2, end if i % 2 else 0, text, codes=True)
-    sources, targets = r.image[:vqa], pictures
-    if proxies:
-        rest = slice(vqa + t2i, None)
-        seen, prompts, wanted = proxy_batch(cfg, proxy, scenes.pick(rest), r.pick(rest))
-        for i, prompt in enumerate(prompts):
-            rows.add(vqa + t2i // 2 + i, 0, TEXT.encode(prompt), patches=True, codes=True)
-        sources, targets = torch.cat([sources, seen]), torch.cat([targets, wanted])
-    # which tokens are masked: a share cos(π/2 · u) of each image, at least one
-    u = uniforms(cfg.seed + 1, split, index[vqa:], 1 + N)
-    count = np.maximum(1, np.ceil(np.cos(np.pi / 2 * u[:, :1]) * N))
-    is_masked = u[:, 1:].argsort(1).argsort(1) < count                                            # (m, N)
-    text_at = (np.arange(vqa)[:, None] * S + np.arange(N - 1, S - 1)).reshape(-1)
-    t = torch.from_numpy
-    return Batch(t(rows.ids), t(rows.slots), t(rows.positions), t(rows.lo), t(rows.hi), sources,
-                 t(np.concatenate(rows.patch_at)), t(text_at), t(rows.next.reshape(-1)[text_at]), targets,
-                 t(np.concatenate(rows.code_at)), t(is_masked), t2i)
-
-
-def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward) -> dict[str, Tensor]:
-    """Cross-entropy of the supervised text, and of the masked tokens of captioned images and of proxy targets.
-
-    Each is averaged over its own tokens (the paper's rule), so that adding a proxy does not thin out the replay.
-    """
-    V, dtype = len(TEXT), compute_dtype(batch.ids.device)
-    codes = tokenizer.encode(batch.targets)                                                       # (m, N)
-    shown = torch.where(batch.is_masked, model.mask_id, V + codes)
-    ids = batch.ids.flatten().index_copy(0, batch.code_at, shown.flatten()).view_as(batch.ids)
-    x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
-    h = model.trunk(x, batch.positions, Layout(batch.lo, batch.hi), block=block).flatten(0, 1)    # (B·S, D)
-    text = F.cross_entropy(model.text_logits(h[batch.text_at]), batch.text_target, ignore_index=-100)
-    each = F.cross_entropy(model.image_logits(h[batch.code_at]), codes.flatten(), reduction="none").view_as(codes)
-    each, n = each * batch.is_masked, batch.captioned
-    out = {"text": text, "t2i": each[:n].sum() / batch.is_masked[:n].sum()}
-    if len(each) > n:
-        out["proxy"] = each[n:].sum() / batch.is_masked[n:].sum()
-    return out
-
-
-# =====================================================================================================================
-# 9. Training: Muon, one loop, the run folder
-# =====================================================================================================================
-
-def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """Push every singular value of g (…, rows, columns) towards 1 with a quintic Newton-Schulz iteration (Muon,
-    Jordan et al. 2024); a batch of matrices costs no more launches than one.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = g.shape[-2] <= g.shape[-1]
-    x = g if wide else g.transpose(-1, -2)                            # the products below are of the short side
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(compute_dtype(g.device))
-    for _ in range(steps):
-        s = x @ x.transpose(-1, -2)
-        x = a * x + (b * s + c * s @ s) @ x
-    return (x if wide else x.transpose(-1, -2)).to(g.dtype)
-
-
-class Optimizer:
-    """Muon for the matrices of the blocks and stems, AdamW for embeddings, positions and heads."""
-    def __init__(self, module: nn.Module, lr: float, adam_lr: float):
-        is_matrix = lambda name: name.startswith(("blocks.", "encoder.", "decoder.", "stem"))
-        named = list(module.named_parameters())
-        self.lr, self.adam_lr = lr, adam_lr
-        self.matrices: dict[tuple, list[nn.Parameter]] = {}           # equal shapes are updated together
-        for name, p in named:
-            if is_matrix(name):
-                self.matrices.setdefault(tuple(p.shape), []).append(p)
-        self.momentum = {shape: torch.zeros(len(ps), *shape, device=ps[0].device) for shape, ps in self.matrices.items()}
-        others = [p for name, p in named if not is_matrix(name)]
-        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    @torch.no_grad()
-    def step(self, scale: float) -> None:
-        for shape, ps in self.matrices.items():
-            grad, momentum = torch.stack([p.grad for p in ps]), self.momentum[shape]
-            momentum.lerp_(grad, 0.05)
-            update = orthogonalize(grad.lerp(momentum, 0.95))         # Nesterov
-            step = -scale * self.lr * max(1.0, shape[-2] / shape[-1]) ** 0.5
-            torch._foreach_add_(ps, list(update.unbind()), alpha=step)
-        for group in self.adam.param_groups:
-            group["lr"] = self.adam_lr * scale
-        self.adam.step()
-
-    def state(self) -> dict[str, Tensor]:
-        out = {f"muon.{i}": m for i, m in enumerate(self.momentum.values())}
-        for i, slot in self.adam.state_dict()["state"].items():
-            out.update({f"adam.{i}.{k}": v for k, v in slot.items()})
-        return out
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for i, m in enumerate(self.momentum.values()):
-            m.copy_(state[f"muon.{i}"])
-        slots: dict[int, dict] = {}
-        for key, value in state.items():
-            if key.startswith("adam."):
-                _, i, name = key.split(".")
-                slots.setdefault(int(i), {})[name] = value
-        self.adam.load_state_dict({"state": slots, "param_groups": self.adam.state_dict()["param_groups"]})
-
+# ==== 9. Training: one loop, the run folder =========================================================================
 
 def schedule(step: int, steps: int) -> float:
     """Learning-rate factor: a short warm-up, constant, then linear to zero over the last half."""
     return min(1.0, (step + 1) / min(20, steps), 2 * (steps - step) / steps)
 
-
 def tokenizer_loss(tokenizer: VisionTokenizer, image: Tensor, block=Block.forward) -> dict[str, Tensor]:
     """Mean squared error of a round trip through the quantizer. The blocks may run in bf16, quantizer and loss do not."""
     dtype = compute_dtype(image.device)
-    code, _ = tokenizer.quantize(tokenizer.features(image, dtype, block))
+    code, _ = tokenizer.quantize(tokenizer.features(image.to(dtype)))
     return {"mse": F.mse_loss(tokenizer.reconstruct(code, dtype, block), image)}
-
 
 def tokenizer_batch(cfg: Config, step: int, split: str = "tokenizer") -> Tensor:
     """Half pictures, half targets of one proxy after the other: the tokenizer must be able to say both; (B, 3, P, P)."""
@@ -1345,7 +1132,6 @@ def tokenizer_batch(cfg: Config, step: int, split: str = "tokenizer") -> Tensor:
     r, half = render(cfg, scenes), cfg.tok_batch // 2
     target = PROXIES[drawn[step % len(drawn)]].target(cfg, scenes.pick(slice(half, None)), r.pick(slice(half, None)))
     return torch.cat([r.image[:half], target])
-
 
 class Run:
     """A folder with everything about one training run: config.json, log.jsonl, weights, samples, report.
@@ -1367,33 +1153,24 @@ class Run:
 
     def open(self, cfg: Config) -> None:
         """Claim the folder for a configuration; one that holds another configuration is left as it is."""
-        path = self.folder / "config.json"
-        mine = dataclasses.asdict(cfg)
-        if path.exists():
-            theirs = self.config_fields()
-            different = [f"{k} ({theirs.get(k)!r} there, {v!r} now)" for k, v in mine.items()
-                         if k not in NOT_PART_OF_A_RUN and theirs.get(k) != v]
+        if (self.folder / "config.json").exists():
+            mine, theirs = dataclasses.asdict(cfg), dataclasses.asdict(self.config())
+            different = [f"{k} ({theirs[k]!r} there, {v!r} now)" for k, v in mine.items()
+                         if k not in NOT_PART_OF_A_RUN and theirs[k] != v]
             if different:
                 raise UserError(f"{self.folder} holds a run with other settings: {', '.join(different)}; "
                                 "use these settings, or another folder with --run")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty and holds no run; choose another folder with --run")
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} exists and is not a run; choose another folder with --run")
         else:
-            self.write("config.json", json.dumps(mine, indent=1).encode())
-
-    def config_fields(self) -> dict:
-        try:
-            return json.loads((self.folder / "config.json").read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.folder} holds no readable run ({e.__class__.__name__}: config.json); "
-                            "train one with --train, or name one with --run") from None
+            self.write("config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
 
     def config(self) -> Config:
-        fields, known = self.config_fields(), {f.name for f in dataclasses.fields(Config)}
-        if set(fields) - known:
-            raise UserError(f"{self.folder}/config.json has unknown settings {sorted(set(fields) - known)}; "
-                            "it was written by another version")
-        cfg = Config(**fields)
+        try:
+            cfg = Config(**json.loads((self.folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as e:      # not there, not JSON, settings of another version
+            raise UserError(f"{self.folder} holds no readable run (config.json: {e.__class__.__name__}); "
+                            "train one with --train, or name one with --run") from None
         cfg.validate()
         return cfg
 
@@ -1428,30 +1205,26 @@ class Run:
             kept = [line for line in lines if line["stage"] != stage or line["step"] < step]
             self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-
 NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every"}    # may differ when a run is resumed
-
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
 
-
-def train_stage(run: Run, name: str, module: nn.Module, step_losses, weights: dict[str, float], steps: int,
-                rates: tuple[float, float], cfg: Config, make, on_sample) -> None:
+def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int, rate: float, make, step_losses, sample):
     """The training loop of every stage: draw a batch, one step, log, now and then a sample grid and a checkpoint.
 
     `make(step)` builds a batch, a pure function of the step, so a resumed run repeats the same numbers bit for bit;
-    `step_losses(batch)` returns named losses; `weights` says how to add them.
+    `step_losses(batch)` returns named losses; `rate` scales the learning rates; `sample(step)` draws the grid.
     """
     device = next(module.parameters()).device
-    optimizer = Optimizer(module, *rates)
-    start = 0
-    if run.done("state"):
-        state, meta = run.load("state")
-        if meta.get("stage") == name:
-            start = int(meta["step"])
-            module.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
-            optimizer.load({k[10:]: v.to(device) if v.ndim else v for k, v in state.items() if k.startswith("optimizer.")})
+    weights = {"mse": 4.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
+    optimizer, start = Optimizer(module, rate * cfg.lr, rate * cfg.adam_lr), 0
+    state, meta = run.load("state") if run.done("state") else ({}, {})
+    if meta.get("stage") == name:
+        start = int(meta["step"])
+        part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(part("module."))
+        optimizer.load(part("optimizer."))
     run.log_until(name, start)
 
     def checkpoint(step: int) -> None:
@@ -1462,7 +1235,7 @@ def train_stage(run: Run, name: str, module: nn.Module, step_losses, weights: di
     stopped: list[int] = []
     previous = {s: signal.signal(s, lambda number, frame: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     if start == 0:
-        on_sample(0)
+        sample(0)
     began, log = time.perf_counter(), open(run.folder / "log.jsonl", "a", buffering=1)
     try:
         with ThreadPoolExecutor(1) as ahead, tqdm(total=steps, initial=start, desc=name.ljust(14), unit="step",
@@ -1489,36 +1262,30 @@ def train_stage(run: Run, name: str, module: nn.Module, step_losses, weights: di
                     checkpoint(step + 1)
                     raise Interrupted(128 + stopped[0])
                 if (step + 1) % cfg.sample_every == 0 and step + 1 < steps:
-                    on_sample(step + 1)
+                    sample(step + 1)
                 if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
                     checkpoint(step + 1)
         run.save(name, module.state_dict(), stage=name, steps=steps)
         (run.folder / "state.safetensors").unlink(missing_ok=True)
-        on_sample(steps)
+        sample(steps)
     finally:
         log.close()
         for s, handler in previous.items():
             signal.signal(s, handler)
 
-
-# =====================================================================================================================
-# 10. Commands
-# =====================================================================================================================
+# ==== 10. Commands ==================================================================================================
 
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
     """The device to use, and why."""
-    if cfg.device != "auto":
-        ok = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}.get(cfg.device, torch.cuda.is_available)()
-        index = int(cfg.device[5:] or 0) if cfg.device.startswith("cuda:") else 0
-        if not ok or (cfg.device.startswith("cuda") and index >= torch.cuda.device_count()):
-            raise UserError(f"there is no device {cfg.device} here; try --device auto")
-        return torch.device(cfg.device), "asked for"
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.get_device_name()
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), "Apple GPU, no CUDA"
-    return torch.device("cpu"), "no GPU found"
-
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if cfg.device == "auto":
+        name, why = (("cuda", torch.cuda.get_device_name()) if cuda else ("mps", "Apple GPU, no CUDA") if mps
+                     else ("cpu", "no GPU found"))
+        return torch.device(name), why
+    device = torch.device(cfg.device)
+    if not {"cpu": True, "mps": mps, "cuda": (device.index or 0) < torch.cuda.device_count()}[device.type]:
+        raise UserError(f"there is no device {cfg.device} here; try --device auto")
+    return device, "asked for"
 
 def picture_grid(rows: list[tuple[str, Tensor, list[str] | None]], cell: int = 96) -> bytes:
     """PNG of labelled rows of pictures: (label, (n, 3, P, P) in [0, 1], captions or None)."""
@@ -1539,10 +1306,8 @@ def picture_grid(rows: list[tuple[str, Tensor, list[str] | None]], cell: int = 9
     canvas.save(out, "PNG")
     return out.getvalue()
 
-
 def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
 
 def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
     """Any picture a person has, upright and in RGB: squeezed to (1, 3, size, size) in [0, 1], and as it was."""
@@ -1566,10 +1331,8 @@ def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
                                       else Image.Resampling.BICUBIC))
     return torch.from_numpy(small.copy()).permute(2, 0, 1)[None].float() / 255, picture
 
-
 GRID_PROMPTS = ["a red circle", "a square", "two blue circles", "three yellow rings", "a cross left of a ring",
                 "a bar above a circle", "a green triangle and a purple square", "a cyan cross and a red bar"]
-
 
 def train(cfg: Config, run: Run) -> None:
     """Every stage in order, each skipped if its weights are there: tokenizer, base, the arms, the report."""
@@ -1591,60 +1354,49 @@ def train(cfg: Config, run: Run) -> None:
           f"model {count(base)} parameters, rows of {cfg.row_len}")
 
     def sample_tokenizer(step: int) -> None:
-        targets = instance(cfg, val, val_r).to(device)
+        masks, trip = instance(cfg, val, val_r).to(device), lambda x: tokenizer.decode(tokenizer.encode(x))
         run.write(f"samples/tokenizer_{step:06d}.png", picture_grid(
-            [("image", seen, None), ("round trip", tokenizer.decode(tokenizer.encode(seen)), None),
-             ("masks", targets, None), ("round trip", tokenizer.decode(tokenizer.encode(targets)), None)]))
-
-    if not run.done("tokenizer"):
-        train_stage(run, "tokenizer", tokenizer, lambda image: tokenizer_loss(tokenizer, image, block), {"mse": 4.0},
-                    cfg.tok_steps, (cfg.lr, cfg.adam_lr), cfg, lambda step: tokenizer_batch(cfg, step), sample_tokenizer)
-    run.restore("tokenizer", tokenizer)
+            [("image", seen, None), ("round trip", trip(seen), None), ("masks", masks, None), ("round trip", trip(masks), None)]))
 
     def sample_model(model: UnifiedModel, name: str, step: int) -> None:
+        asked = ["where is the {1} {0}?".format(*things(val, b)[0]) for b in range(len(val))]
+        said = [f"{q[13:]} {a}" for q, a in zip(asked, answer(model, seen, asked, 4))]
         drawn = generate(model, tokenizer, [[Text.BOS] + TEXT.encode(p) for p in GRID_PROMPTS], guidance=cfg.guidance)
-        rows = [("text to image", drawn, GRID_PROMPTS)]
-        asked = ["where is the %s?" % " ".join((o := things(val, b)[0])[1::-1]) for b in range(8)]
-        rows.append(("image", seen, [q[13:] + " " + a for q, a in zip(asked, answer(model, seen, asked, 4))]))
-        if name in PROXIES and PROXIES[name].target:
+        rows = [("text to image", drawn, GRID_PROMPTS), ("image", seen, said)]
+        if name in PROXIES and name != "none":
             source, prompts, target = proxy_batch(cfg, name, val, val_r)
-            if PROXIES[name].source:
-                rows.append(("seen", source, None))
-            rows.append((f"{name}: true", target, None))
-            rows.append(("drawn", generate(model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device)), None))
+            drawn = generate(model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device))
+            rows += [("seen", source, None)] * bool(PROXIES[name].source) + [(f"{name}: true", target, None), ("drawn", drawn, None)]
         run.write(f"samples/{name}_{step:06d}.png", picture_grid(rows))
 
-    weights = {"text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
+    if not run.done("tokenizer"):
+        train_stage(run, cfg, "tokenizer", tokenizer, cfg.tok_steps, 1.0, lambda step: tokenizer_batch(cfg, step),
+                    lambda image: tokenizer_loss(tokenizer, image, block), sample_tokenizer)
+    run.restore("tokenizer", tokenizer)
     if not run.done("base"):
-        train_stage(run, "base", base, lambda batch: losses(base, tokenizer, batch, block), weights, cfg.base_steps,
-                    (cfg.lr, cfg.adam_lr), cfg, lambda step: make_batch(cfg, "train", step, cfg.vqa_batch, cfg.t2i_batch),
-                    lambda step: sample_model(base, "base", step))
-    run.restore("base", base)
-
+        train_stage(run, cfg, "base", base, cfg.base_steps, 1.0,
+                    lambda step: make_batch(cfg, "train", step, cfg.vqa_batch, cfg.t2i_batch),
+                    lambda batch: losses(base, tokenizer, batch, block), lambda step: sample_model(base, "base", step))
     for arm in cfg.arms:
-        if run.done(arm):
-            continue
-        model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
-        samples = 0 if arm == "none" else max(1, round(cfg.ratio * cfg.arm_vqa))
-        first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0   # steps of the proxy alone
+        if not run.done(arm):
+            model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
+            samples = 0 if arm == "none" else max(1, round(cfg.ratio * cfg.arm_vqa))
+            first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0       # steps of the proxy alone
 
-        def make(step: int) -> Batch:
-            if step < first:
-                return make_batch(cfg, "arm", step, 0, 0, arm, samples)
-            return make_batch(cfg, "arm", step - first, cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
+            def make(step: int) -> Batch:
+                if step < first:
+                    return make_batch(cfg, "arm", step, 0, 0, arm, samples)
+                return make_batch(cfg, "arm", step - first, cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
 
-        train_stage(run, arm, model, lambda batch: losses(model, tokenizer, batch, block), weights, first + cfg.arm_steps,
-                    (cfg.lr * cfg.arm_lr, cfg.adam_lr * cfg.arm_lr), cfg, make,
-                    lambda step: sample_model(model, arm, step))
+            train_stage(run, cfg, arm, model, first + cfg.arm_steps, cfg.arm_lr, make,
+                        lambda batch: losses(model, tokenizer, batch, block), lambda step: sample_model(model, arm, step))
     if not (run.folder / "report.json").exists():
         evaluate(run, device)
     print(show(run))
 
-
 def count(module: nn.Module) -> str:
     n = sum(p.numel() for p in module.parameters())
     return f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n / 1e3:.0f}k"
-
 
 def find_run(name: str | None) -> Run:
     """A run by folder or by name under runs/; without a name the newest."""
@@ -1654,7 +1406,6 @@ def find_run(name: str | None) -> Run:
     if not found:
         raise UserError("there is no run under runs/; train one with: python sgt.py --train")
     return Run(found[-1].parent)
-
 
 def load_run(run: Run, arm: str | None = None, device: str | torch.device = "cpu"):
     """Config, tokenizer and one model of a finished stage: `arm`, or the best there is: instance, another arm, base."""
@@ -1667,7 +1418,6 @@ def load_run(run: Run, arm: str | None = None, device: str | torch.device = "cpu
         raise UserError(f"{run.folder} has no model {arm!r}; it has {', '.join(stages)}")
     tokenizer = run.restore("tokenizer", VisionTokenizer(cfg)).to(device)
     return cfg, tokenizer, run.restore(arm, UnifiedModel(cfg)).to(device), arm
-
 
 def prompt_ids(cfg: Config, text: str, room: int) -> list[int]:
     """A user's text as ids, lower-cased like the training text, with a word of warning about unknown words."""
@@ -1682,7 +1432,6 @@ def prompt_ids(cfg: Config, text: str, room: int) -> list[int]:
         print(f"note: the training texts have no word {', '.join(map(repr, unknown))}; expect little", file=sys.stderr)
     return ids
 
-
 def save_picture(image: Image.Image, path: str) -> None:
     try:
         out = io.BytesIO()
@@ -1690,7 +1439,6 @@ def save_picture(image: Image.Image, path: str) -> None:
         Run(Path(path).parent).write(Path(path).name, out.getvalue())
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path} ({e}); choose another --out") from None
-
 
 def use(args: argparse.Namespace, given: dict) -> None:
     """The three verbs on a trained run."""
@@ -1741,11 +1489,9 @@ def use(args: argparse.Namespace, given: dict) -> None:
             found = f"{n} object{'' if n == 1 else 's'}; "
         print(f"{found}wrote {out} ({said})")
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; see python {self.prog} --help")
-
 
 def parser() -> Parser:
     p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
@@ -1770,7 +1516,6 @@ def parser() -> Parser:
         settings.add_argument(flag(field.name), dest="cfg_" + field.name, default=argparse.SUPPRESS, help=shown,
                               **({"type": kind, "metavar": field.type.upper()} if kind else action))
     return p
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 for a mistake of the user, 130 or 143 when interrupted."""
@@ -1803,7 +1548,6 @@ def main(argv: list[str] | None = None) -> int:
         return e.args[0]
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     import sgt                        # eval.py imports this file as `sgt`: run that copy, so that there is only one

@@ -1,0 +1,609 @@
+"""The specification of sgt.py, kernels.py and eval.py, in the order of the files. `python -m pytest -q` runs it.
+
+Names are sentences; each docstring names the bug that the test would catch.
+"""
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval as benchmark
+import kernels
+import sgt
+from sgt import PRESETS, PROXIES, QUESTIONS, TEXT, Config, Text, Thing
+
+HERE = Path(__file__).parent
+CFG = Config(**{**PRESETS["smoke"], "seed": 3})
+DRAWN = [name for name in PROXIES if name != "none"]
+
+def models(cfg=CFG, seed=0):
+    torch.manual_seed(seed)
+    tokenizer, model = sgt.VisionTokenizer(cfg), sgt.UnifiedModel(cfg)
+    for p in model.parameters():                  # heads and block outputs start at zero: give everything a say
+        p.data += 0.2 * torch.randn_like(p) * (p.std() + 0.05)
+    return tokenizer.requires_grad_(False), model
+
+@pytest.fixture
+def exact(monkeypatch):
+    """fp32 everywhere, for comparisons to rounding."""
+    monkeypatch.setattr(sgt, "compute_dtype", lambda device: torch.float32)
+
+def thing(color, shape, x, y, size="big", index=0):
+    return Thing(shape, color, size, x, y, {"small": 3.5, "big": 5.5}[size], index)
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+def test_every_preset_is_valid_and_every_setting_has_a_help_text():
+    """A preset that its own validation refuses; a field whose comment does not reach --help."""
+    for fields in PRESETS.values():
+        Config(**fields).validate()
+    text = sgt.parser().format_help()
+    for field in dataclasses.fields(Config):
+        assert sgt.flag(field.name) in text
+
+@pytest.mark.parametrize("field, value, says", [
+    ("image_size", 60, "divisible"), ("fsq_levels", "8,x", "levels"), ("width", 100, "head_dim"), ("shapes", 99, "shapes"),
+    ("proxies", "none,sky", "sky"), ("proxies", "none,none", "once"), ("lr", float("nan"), "lr"), ("lr", 0.0, "lr"),
+    ("base_steps", -1, "base_steps"), ("device", "tpu", "device"), ("schedule", "later", "schedule"), ("seed", -1, "seed")])
+def test_a_setting_that_cannot_work_is_refused_with_its_name(field, value, says):
+    """A crash deep inside torch, an hour later."""
+    with pytest.raises(sgt.UserError, match=says):
+        Config(**{**PRESETS["smoke"], field: value}).validate()
+
+# ---- scenes ----------------------------------------------------------------------------------------------------------
+
+def test_a_scene_depends_on_seed_split_and_index_alone():
+    """Scenes that change with the batch they are drawn in; train and validation sharing scenes."""
+    many, one = sgt.sample_scenes(CFG, "train", np.arange(50)), sgt.sample_scenes(CFG, "train", np.array([17]))
+    for name, value in vars(one).items():
+        assert np.array_equal(vars(many)[name][17:18], value), name
+    for other in (sgt.sample_scenes(CFG, "val", np.arange(50)),
+                  sgt.sample_scenes(dataclasses.replace(CFG, seed=4), "train", np.arange(50))):
+        assert np.mean([np.array_equal(other.x[i], many.x[i]) for i in range(50)]) < 0.2
+    u = sgt.uniforms(0, "train", np.arange(2000), 50)
+    assert abs(u.mean() - 0.5) < 0.005 and abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1]) < 0.1 and u.min() >= 0 and u.max() < 1
+
+@pytest.mark.parametrize("preset", ["smoke", "base"])
+def test_objects_lie_inside_and_apart_but_for_the_overlapping_pair(preset):
+    """Shapes cut off by the border; two objects merging into one blob; nothing to ask about occlusion."""
+    cfg = Config(**PRESETS[preset])
+    scenes, overlapping = sgt.sample_scenes(cfg, "val", np.arange(400)), 0
+    for b in range(400):
+        objects = sgt.things(scenes, b)
+        assert 1 <= len(objects) <= cfg.max_objects
+        touching = []
+        for i, o in enumerate(objects):
+            assert o.radius <= o.x <= cfg.image_size - o.radius and o.radius <= o.y <= cfg.image_size - o.radius
+            touching += [(o, p) for p in objects[:i] if max(abs(o.x - p.x), abs(o.y - p.y)) < o.radius + p.radius]
+        assert len(touching) <= 1 and all(o.color != p.color for o, p in touching)
+        overlapping += len(touching)
+    assert overlapping > 30
+    assert set(scenes.count) == {1, 2, 3, 4}
+
+def test_rendering_agrees_with_its_own_labels():
+    """An instance map that does not lie on the object; the wrong object in front."""
+    scenes = sgt.sample_scenes(CFG, "val", np.arange(200))
+    r = sgt.render(CFG, scenes)
+    assert r.image.min() >= 0 and r.image.max() <= 1 and r.image.shape == (200, 3, 32, 32)
+    for b in range(200):
+        for o in sgt.things(scenes, b):
+            mask = r.instance[b] == o.index + 1
+            assert mask.sum() > 4
+            color = r.image[b][:, mask].mean(1)
+            assert (color - torch.tensor(sgt.COLORS[o.color])).abs().max() < 0.25
+    order = np.argsort(-scenes.y[:, 0])[:1]                  # a nearer object must not be farther than one above it
+    depths = [float(r.depth[b][r.instance[b] == m + 1].mean()) for b in order for m in range(int(scenes.count[b]))]
+    assert depths == sorted(depths)
+
+# ---- language --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["is there a red circle?", "", "a  b ?", " x", "naïve Ångström, 日本 \n\t🙂", "?,.", "redcircle"])
+def test_text_survives_encoding_whatever_it_says(text):
+    """Lost spaces, lost case, unknown words."""
+    assert TEXT.decode(TEXT.encode(text)) == text
+
+def test_everything_the_scenes_say_is_made_of_known_words_and_fits():
+    """A template word missing from the lexicon turns into bytes and overflows the row."""
+    scenes = sgt.sample_scenes(Config(**PRESETS["base"]), "train", np.arange(600))
+    for b in range(600):
+        objects, rng = sgt.things(scenes, b), random.Random(b)
+        texts = list(sgt.captions(objects).values()) + [sgt.describe(objects, 64)]
+        texts += [t for _, ask in QUESTIONS.values() for t in ask(objects, rng, CFG) or ()]
+        for text in texts:
+            assert min(TEXT.encode(text)) >= 256 and TEXT.decode(TEXT.encode(text)) == text, text
+        assert all(len(TEXT.encode(t)) < 16 for t in sgt.captions(objects).values())
+
+def test_questions_about_a_known_scene_have_the_answers_a_person_gives():
+    """Left and right swapped, wrong counts, the hidden object called the front one."""
+    scene = [thing("red", "circle", 8, 8), thing("blue", "square", 24, 8, "small"), thing("red", "square", 24, 24)]
+    truth = {"how many squares?": "two", "how many red objects?": "two", "how many objects?": "three",
+             "what color is the circle?": "red", "what shape is the blue object?": "square",
+             "where is the red circle?": "top left", "where is the red square?": "bottom right",
+             "where is the red circle from the blue square?": "left",
+             "where is the red square from the blue square?": "below",
+             "what is bigger, the red circle or the blue square?": "red circle",
+             "what is smaller, the red circle or the blue square?": "blue square",
+             "are there more squares than circles?": "yes", "are there more circles than red objects?": "no",
+             "how many squares plus one?": "three", "how many circles plus red objects?": "three",
+             "is there a red square?": "yes", "is there a blue circle?": "no"}
+    asked = {}
+    for i in range(3000):
+        for _, ask in QUESTIONS.values():
+            asked.update([ask(scene, random.Random(i), CFG) or ("", "")])
+    for question, answer in truth.items():
+        assert asked[question] == answer, question
+    assert sgt.relation(thing("red", "bar", 10, 10), thing("red", "bar", 16, 15)) is None
+    pair = [thing("red", "circle", 10, 10, index=0), thing("blue", "ring", 16, 10, index=1)]
+    assert sgt.ask_occlusion(pair, random.Random(0), CFG)[1] == "blue ring"
+
+def test_captions_of_known_scenes_cover_the_six_kinds_of_geneval():
+    """A caption that does not describe its picture."""
+    a, b = thing("red", "circle", 8, 16), thing("blue", "square", 24, 16)
+    assert sgt.captions([a])["colors"] == "a red circle" and sgt.captions([a])["single"] == "a circle"
+    two = sgt.captions([a, b])
+    assert two["two"] == "a circle and a square" and two["position"] == "a circle left of a square"
+    assert two["attribution"] == "a red circle and a blue square"
+    assert sgt.captions([a, thing("green", "circle", 8, 28)])["counting"] == "two circles"
+    assert sgt.plural("cross") == "crosses"
+
+def test_yes_and_no_are_balanced_and_every_kind_of_question_appears():
+    """A kind that answers itself without the image."""
+    items = benchmark.questions(CFG, "train", 4000)
+    for kind in QUESTIONS:
+        answers = [a for k, *_, a in items if k == kind]
+        assert len(answers) == 400
+        if set(answers) == {"yes", "no"}:
+            assert 0.4 < answers.count("yes") / 400 < 0.6, kind
+    blind = benchmark.blind_baselines(CFG, items)["question_only"]
+    assert blind["average"] < 50
+
+def test_a_dialogue_supervises_answers_and_their_end_token_only():
+    """Loss on the questions, or no loss on the end token (one of the official code's mistakes)."""
+    scenes = sgt.sample_scenes(CFG, "train", np.arange(20))
+    for b in range(20):
+        ids, supervised = sgt.dialogue(CFG, sgt.things(scenes, b), sgt.word_rng(scenes, b), 96)
+        assert len(ids) == len(supervised) <= 96 and ids[-1] == Text.END
+        text = ""
+        for token, counts in zip(ids, supervised):
+            text += ("|" if token == Text.END else TEXT.pieces[token].decode()) if counts else "_"
+        for said in re.findall(r"[^_]+", text):
+            assert said.endswith("|") and "?" not in said
+        assert sum(token == Text.END for token in ids) >= 4
+
+# ---- proxies ---------------------------------------------------------------------------------------------------------
+
+def test_all_prompts_have_six_tokens():
+    """A proxy that gains or loses because its prompt is longer: one of the paper's confounds."""
+    for name in DRAWN:
+        for prompt in PROXIES[name].prompts:
+            assert len(TEXT.encode(prompt.format(color="red", shape="circle"))) == 6, prompt
+            assert min(TEXT.encode(prompt.format(color="red", shape="circle"))) >= 256, prompt
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_supervised_tokens_are_those_of_the_proxy_target(name, monkeypatch):
+    """Until commit e004548 the official code supervised the input image in place of the target."""
+    tokenizer, model = models()
+    tokenizer.to_code.data *= 4
+    batch = sgt.make_batch(CFG, "arm", 5, 2, 2, name, 4)
+    supervised, original = [], F.cross_entropy
+
+    def record(logits, target, **kwargs):
+        supervised.append(target)
+        return original(logits, target, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", record)
+    sgt.losses(model, tokenizer, batch)
+    index = 5 * 4096 + 2048 + np.arange(4)
+    scenes = sgt.sample_scenes(CFG, "arm", index)
+    rendered = sgt.render(CFG, scenes)
+    target = PROXIES[name].target(CFG, scenes, rendered)
+    ids = supervised[0].view(-1, CFG.tokens)[2:]
+    assert torch.equal(ids, tokenizer.encode(target))
+    source = batch.images[2:]
+    assert torch.equal(source, rendered.image) == (PROXIES[name].source is None)
+    if PROXIES[name].target is not sgt.original:
+        assert not torch.equal(ids, tokenizer.encode(source))
+
+def test_arms_see_the_same_images_and_replay_and_differ_in_the_target_alone():
+    """A difference between arms that is not the proxy."""
+    none, instance = sgt.make_batch(CFG, "arm", 2, 4, 4), sgt.make_batch(CFG, "arm", 2, 4, 4, "instance", 6)
+    depth = sgt.make_batch(CFG, "arm", 2, 4, 4, "depth", 6)
+    rows = len(none.ids)
+    for name in ("ids", "slots", "lo", "hi", "positions"):
+        assert torch.equal(getattr(none, name), getattr(instance, name)[:rows])
+    assert torch.equal(none.images, instance.images[:4]) and torch.equal(none.targets, instance.targets[:4])
+    assert torch.equal(none.text_target, instance.text_target)
+    assert torch.equal(none.is_masked, instance.is_masked[:4]) and torch.equal(instance.is_masked, depth.is_masked)
+    assert torch.equal(instance.images, depth.images) and not torch.equal(instance.targets[4:], depth.targets[4:])
+
+def test_shuffled_targets_are_masks_of_other_images():
+    """A control that is no control."""
+    scenes = sgt.sample_scenes(CFG, "arm", np.arange(6))
+    r = sgt.render(CFG, scenes)
+    assert torch.equal(sgt.shuffled(CFG, scenes, r)[1], sgt.instance(CFG, scenes, r)[0])
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("levels", ["8,5,5,5", "2,3,4", "8,8,8,5"])
+def test_every_code_survives_the_quantizer_even_in_bf16(levels):
+    """Levels of an even and an odd count that round differently; ids that bf16 moves to a neighbour."""
+    tokenizer = sgt.VisionTokenizer(dataclasses.replace(CFG, fsq_levels=levels))
+    ids = torch.arange(dataclasses.replace(CFG, fsq_levels=levels).codebook)
+    code = tokenizer.code(ids)
+    assert code.abs().max() < 1 and len(code.unique(dim=0)) == len(ids)
+    for dtype in (torch.float32, torch.bfloat16):
+        again, back = tokenizer.quantize(torch.atanh(code).to(dtype))
+        assert torch.equal(back, ids) and torch.allclose(again, code)
+    _, edge = tokenizer.quantize(torch.tensor([[1e4] * len(tokenizer.levels), [-1e4] * len(tokenizer.levels)]))
+    assert edge.tolist() == [len(ids) - 1, 0]
+
+def test_the_quantizer_passes_gradients_straight_through():
+    """A tokenizer whose encoder never learns."""
+    z = torch.zeros(3, 4, requires_grad=True)
+    code, _ = sgt.VisionTokenizer(CFG).quantize(z)
+    code.sum().backward()
+    assert torch.allclose(z.grad, torch.ones(3, 4))          # d tanh(0) = 1
+
+def test_palette_colors_survive_a_trained_tokenizer_and_masks_come_back():
+    """Instance colors that the tokenizer confuses: the ceiling of every segmentation score."""
+    torch.manual_seed(0)
+    tokenizer = sgt.VisionTokenizer(CFG)
+    optimizer = kernels.Optimizer(tokenizer, 0.02, 0.004)
+    scenes = sgt.sample_scenes(CFG, "tokenizer", np.arange(32))
+    r = sgt.render(CFG, scenes)
+    target = sgt.instance(CFG, scenes, r)
+    masks, truth = benchmark.masks_of(target, CFG.max_objects), benchmark.true_masks(r.instance)
+    assert benchmark.panoptic_quality(masks, truth)["pq"] > 99.9
+    for step in range(250):
+        loss = sgt.tokenizer_loss(tokenizer, target)["mse"]
+        tokenizer.zero_grad()
+        loss.backward()
+        optimizer.step(sgt.schedule(step, 250))
+    drawn = tokenizer.decode(tokenizer.encode(target))
+    palette = sgt.PALETTE[:CFG.max_objects + 1]
+    assert (benchmark.nearest(drawn, palette) == benchmark.nearest(target, palette)).float().mean() > 0.99
+    assert benchmark.panoptic_quality(benchmark.masks_of(drawn, CFG.max_objects), truth)["pq"] > 80
+
+# ---- attention and the model -----------------------------------------------------------------------------------------
+
+def test_the_mask_of_packed_documents_is_the_one_of_the_paper():
+    """Text that sees the future, a condition that sees the target, a document that sees its neighbour."""
+    cfg = dataclasses.replace(CFG, image_size=16, patch=8)    # 4 tokens an image
+    rows = sgt.Rows(cfg, 1, 14)
+    end = rows.add(0, 0, [5, 6], patches=True, codes=True)    # [patches][prompt][target]
+    rows.add(0, end, [7], patches=False)
+    drawn = kernels.draw(kernels.Layout(torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)), 14)
+    assert drawn.split() == ["####.........."] * 4 + ["#####.........", "######........"] + ["##########...."] * 4 + [
+        "..........#..."] + [".............."] * 3
+
+def random_layout(B, S, L):
+    lo = torch.randint(0, L, (B, S), dtype=torch.int32)
+    return kernels.Layout(lo, (lo + torch.randint(0, L, (B, S), dtype=torch.int32)).clamp(max=L))
+
+def test_attention_agrees_with_float64_in_value_and_gradient_and_empty_rows_are_zero():
+    """A wrong backward; NaN from rows that may attend to nothing."""
+    torch.manual_seed(0)
+    layout = random_layout(3, 21, 21)
+    layout.hi[0, 3] = layout.lo[0, 3]
+    inputs = [torch.randn(3, 2, 21, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    want, weights = kernels.attention_reference(*inputs, layout)
+    got = kernels.attention(*inputs, layout)
+    assert torch.allclose(got, want, atol=1e-12) and got[0, :, 3].abs().max() == 0
+    assert torch.allclose(weights.sum(-1)[1, 0], (layout.hi > layout.lo)[1].double())
+    out = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, inputs, out), torch.autograd.grad(want, inputs, out)):
+        assert torch.allclose(a, b, atol=1e-12)
+    mask = layout.may_attend(21)
+    dense = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+    assert torch.allclose(got[:, :, 4:], dense.nan_to_num(0)[:, :, 4:], atol=1e-12)
+
+def test_what_a_row_may_not_see_does_not_change_it_by_a_bit(exact):
+    """A leak: the target into the condition, the future into the past, one document into another, padding into anything."""
+    tokenizer, model = models()
+    batch = sgt.make_batch(CFG, "arm", 0, 2, 2, "instance", 2)
+
+    def hidden(ids):
+        x = model.embed_rows(ids, batch.slots, model.see(batch.images), batch.patch_at)
+        return model.trunk(x, batch.positions, kernels.Layout(batch.lo, batch.hi))
+    before = hidden(batch.ids)
+    for row in range(len(batch.ids)):
+        for column in (70, 75, 100, 130, 159):
+            ids = batch.ids.clone()
+            ids[row, column] = 300 if ids[row, column] != 300 else 301
+            changed = (hidden(ids) != before).any(-1)                                             # (B, S)
+            sees = (batch.lo <= column) & (column < batch.hi)
+            sees[torch.arange(len(sees)) != row] = False
+            sees[row, column] = True                          # a token that nobody sees still sees itself
+            assert not (changed & ~sees).any(), (row, column)
+            if sees[row].sum() > 1:
+                assert (changed & sees).any(), (row, column)
+
+def test_the_first_losses_are_those_of_a_uniform_guess():
+    """A wrong vocabulary, a loss on the wrong positions, a bad start."""
+    torch.manual_seed(0)
+    parts = sgt.losses(sgt.UnifiedModel(CFG), sgt.VisionTokenizer(CFG), sgt.make_batch(CFG, "arm", 0, 2, 2, "depth", 2))
+    assert math.isclose(parts["text"], math.log(len(TEXT)), rel_tol=1e-4)
+    assert math.isclose(parts["t2i"], math.log(CFG.codebook), rel_tol=1e-4)
+    assert math.isclose(parts["proxy"], math.log(CFG.codebook), rel_tol=1e-4)
+
+def test_the_image_loss_is_on_masked_tokens_only(monkeypatch):
+    """Copying visible tokens counted as learning (a mistake seen in public MaskGIT code)."""
+    tokenizer, model = models()
+    batch = sgt.make_batch(CFG, "arm", 1, 2, 4, "instance", 4)
+    kept, original = [], model.image_logits
+
+    def keep(h):
+        kept.append(original(h))
+        kept[-1].retain_grad()
+        return kept[-1]
+    monkeypatch.setattr(model, "image_logits", keep)
+    parts = sgt.losses(model, tokenizer, batch)
+    (parts["t2i"] + parts["proxy"]).backward()
+    assert torch.equal(kept[0].grad.abs().sum(-1) > 0, batch.is_masked.flatten())
+    assert 0 < batch.is_masked.float().mean() < 1 and batch.is_masked.any(1).all()
+
+def test_the_dense_loss_reaches_the_understanding_path():
+    """The method itself: the proxy loss must train what sees."""
+    tokenizer, model = models()
+    sgt.losses(model, tokenizer, sgt.make_batch(CFG, "arm", 1, 2, 2, "instance", 4))["proxy"].backward()
+    assert model.see.stem_in.grad.abs().sum() > 0 and model.text_head.grad is None
+
+def test_one_batch_can_be_learned_by_heart():
+    """Anything that keeps the model from fitting: a detached path, a wrong target, a dead optimizer."""
+    tokenizer, _ = models()
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(CFG, width=96)
+    model = sgt.UnifiedModel(cfg)
+    batch = sgt.make_batch(cfg, "arm", 0, 2, 2, "instance", 2)
+    optimizer = kernels.Optimizer(model, 0.02, 0.01)
+    for step in range(120):
+        parts = sgt.losses(model, tokenizer, batch)
+        model.zero_grad()
+        sum(parts.values()).backward()
+        optimizer.step(sgt.schedule(step, 120))
+    assert all(v < 0.1 for v in parts.values()), parts
+
+def test_muon_in_batches_is_muon_one_by_one():
+    """Matrices of a batch that mix; a step that does not make singular values equal."""
+    g = torch.randn(4, 48, 24)
+    together = kernels.orthogonalize(g)
+    for i in range(4):
+        assert torch.allclose(together[i], kernels.orthogonalize(g[i]), atol=3e-2)
+    values = torch.linalg.svdvals(together.float())
+    assert 0.5 < values.min() and values.max() < 1.5
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+def test_everything_is_masked_at_first_nothing_at_last_and_what_is_kept_stays():
+    """An inverted schedule; tokens that change after they were fixed (mistakes seen in public MaskGIT code)."""
+    tokenizer, model = models()
+    seen = []
+    sgt.generate(model, tokenizer, [[1, 300], [1, 301, 302]], guidance=2.0, steps=5,
+                 on_step=lambda ids, is_masked: seen.append((ids.clone(), is_masked)))
+    counts = [int(m[0].sum()) for _, m in seen]
+    N = CFG.tokens
+    assert counts == [int(N * math.cos(math.pi / 2 * i / 5) + 1e-6) for i in range(5)] + [0]
+    for (ids, masked), (later, _) in zip(seen, seen[1:]):
+        assert torch.equal(ids[~masked], later[~masked])
+    assert (seen[-1][0] >= len(TEXT)).all() and (seen[-1][0] < model.mask_id).all()
+
+def test_guidance_one_is_the_conditional_model_and_seeds_decide_the_picture(exact):
+    """Guidance that extrapolates in the wrong direction; a picture that cannot be drawn twice."""
+    tokenizer, model = models()
+    draw = lambda **kw: sgt.generate(model, tokenizer, [[1, 300], [1, 305, 306]], steps=4, **kw)
+    assert torch.equal(draw(guidance=1.0), draw(guidance=1.0 + 1e-7))
+    assert not torch.equal(draw(guidance=1.0), draw(guidance=4.0))
+    assert not torch.equal(draw(seed=0), draw(seed=1)) and torch.equal(draw(seed=1), draw(seed=1))
+
+def test_the_cached_condition_gives_what_the_whole_sequence_gives(exact):
+    """A cache off by one; positions that differ between training and sampling."""
+    tokenizer, model = models()
+    batch = sgt.make_batch(CFG, "arm", 0, 2, 2, "instance", 2)
+    x = model.embed_rows(batch.ids, batch.slots, model.see(batch.images), batch.patch_at)
+    whole = model.trunk(x, batch.positions, kernels.Layout(batch.lo, batch.hi)).flatten(0, 1)
+    want = whole[batch.code_at].view(-1, CFG.tokens, CFG.width)[2:]                               # the proxy's targets
+    texts = [batch.ids[3 + i, 64:70].tolist() for i in range(2)]
+    _, caches, L, start = sgt.prefill(model, texts, batch.images[2:], CFG.tokens)
+    rows = batch.code_at.view(-1, CFG.tokens)[2:]
+    take = lambda a: a.flatten(0, 1)[rows]
+    lo = start[:, None].expand(2, CFG.tokens)
+    target = model.embed_rows(take(batch.ids), take(batch.slots), None, None)
+    got = model.trunk(target, take(batch.positions), kernels.Layout(lo, torch.full_like(lo, L + CFG.tokens)), caches, L)
+    assert torch.allclose(got, want, atol=2e-5)
+
+def test_cached_answers_are_those_of_reading_everything_again(exact):
+    """A decoder that looks at the wrong column after the first token."""
+    _, model = models()
+    image = sgt.render(CFG, sgt.sample_scenes(CFG, "val", np.arange(3))).image
+    questions = ["how many red objects?", "is there a ring?", "where is the blue square from the red circle?"]
+    fast = sgt.answer(model, image, questions, limit=5)
+    for i, question in enumerate(questions):
+        ids = TEXT.encode(question)
+        for _ in range(5):
+            hidden, *_ = sgt.prefill(model, [ids], image[i:i + 1], 0)
+            ids = ids + [int(model.text_logits(hidden).argmax())]
+            if ids[-1] == Text.END:
+                break
+        assert TEXT.decode(ids[len(TEXT.encode(question)):]) == fast[i]
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def test_an_interrupted_stage_resumes_to_the_same_bits(tmp_path):
+    """State that is not saved: momentum, step, the place in the data, log lines written twice."""
+    finals, logs = [], []
+    for name, stop_at in (("whole", None), ("halves", 5)):
+        run = sgt.Run(tmp_path / name)
+        run.open(CFG)
+
+        def stage():
+            torch.manual_seed(0)
+            tokenizer = sgt.VisionTokenizer(CFG)
+
+            def make(step):
+                if step == stop_at and not run.done("state"):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return sgt.tokenizer_batch(CFG, step)
+            sgt.train_stage(run, CFG, "tokenizer", tokenizer, 12, 1.0, make,
+                            lambda image: sgt.tokenizer_loss(tokenizer, image), lambda step: None)
+        if stop_at:
+            with pytest.raises(sgt.Interrupted) as stopped:
+                stage()
+            assert stopped.value.args == (143,) and not run.done("tokenizer")
+        stage()
+        finals.append(run.load("tokenizer")[0])
+        lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+        logs.append([(line["step"], line["mse"]) for line in lines])
+        assert not run.done("state")
+    assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0]) and logs[0] == logs[1]
+
+# ---- benchmark -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset", ["tiny", "base"])
+def test_the_judge_parses_true_pictures_and_is_not_easily_pleased(preset):
+    """A judge whose mistakes look like the model's, or who says yes to anything."""
+    cfg = Config(**PRESETS[preset])
+    prompts, images = benchmark.geneval_prompts(cfg, 150)
+    assert benchmark.judge_accuracy(cfg, prompts, images) >= 98
+    assert benchmark.score_pictures(cfg, prompts, images)["average"] >= 98
+    other = images.roll(7, 0)
+    assert benchmark.score_pictures(cfg, prompts, other)["average"] < 35
+    assert benchmark.score_pictures(cfg, prompts, torch.rand_like(images))["average"] < 5
+
+def test_panoptic_quality_of_cases_worked_by_hand():
+    """Misses not counted, empty images dividing by zero, matches at half an overlap."""
+    square = torch.zeros(1, 8, 8, dtype=torch.bool)
+    square[0, :4, :4] = True
+    part, pixel, nothing = square.clone(), torch.zeros_like(square), torch.zeros(0, 8, 8, dtype=torch.bool)
+    part[0, 3] = False                                       # 12 of 16 pixels: IoU 0.75
+    pixel[0, 0, 0] = True
+    quality = lambda p, t: benchmark.panoptic_quality([p], [t])
+    assert quality(square, square) == {"pq": 100, "sq": 100, "rq": 100, "miou": 100}
+    assert quality(part, square)["pq"] == 75 and quality(part, square)["miou"] == 75
+    assert quality(nothing, square)["pq"] == 0 and quality(square, nothing)["pq"] == 0
+    assert quality(nothing, nothing)["pq"] == 100
+    assert quality(pixel, pixel)["pq"] == 100 and quality(pixel, square)["miou"] == 100 / 16
+    both = benchmark.panoptic_quality([torch.cat([part, pixel]), square], [square, nothing])
+    assert both["sq"] == 75 and math.isclose(both["rq"], 100 / (1 + 1))   # one match, two extra: 1 / (1 + ½ · 2)
+
+def test_connected_parts_are_found_whatever_their_form():
+    """A ring or a spiral split into pieces; diagonal neighbours torn apart."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]).bool()
+    assert len(benchmark.components(mask[None]).unique()) == 2           # background and one spiral
+    assert len(benchmark.components(torch.eye(5).bool()[None]).unique()) == 2
+    assert len(benchmark.components((torch.arange(25) % 2 == 0).view(1, 5, 5) & (torch.arange(5) % 2 == 0)).unique()) == 10
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def command(*args, cwd, script="sgt.py"):
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A smoke run made by the real command."""
+    folder = tmp_path_factory.mktemp("run")
+    done = command("--train", "--preset", "smoke", "--threads", 2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(trained):
+    """A missing file; a finished run that trains again."""
+    folder, said = trained
+    files = contents(folder / "runs" / "smoke")
+    for name in ("config.json", "log.jsonl", "report.json", "report.md", "tokenizer.safetensors", "base.safetensors",
+                 "none.safetensors", "instance.safetensors"):
+        assert name in files
+    assert "samples/base_000000.png" in files and "samples/instance_000006.png" in files
+    assert "SGT against SFT" in said and "question only" in said
+    again = command("--train", "--preset", "smoke", cwd=folder)
+    assert again.returncode == 0 and contents(folder / "runs" / "smoke") == files
+    as_json = command("runs/smoke", "--json", cwd=folder, script="eval.py")
+    assert json.loads(as_json.stdout) == json.loads(files["report.json"])
+    assert set(json.loads(as_json.stdout)["models"]) == {"base", "none", "instance"}
+
+def test_the_verbs_work_on_any_picture(trained, tmp_path):
+    """A palette image, 16 bits, transparency, a single pixel, a rotated photograph."""
+    folder, _ = trained
+    pictures = {"rgb.png": Image.new("RGB", (50, 20), "red"), "palette.gif": Image.new("P", (7, 90)),
+                "deep.png": Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100),
+                "alpha.png": Image.new("RGBA", (32, 32), (0, 255, 0, 90)), "dot.png": Image.new("1", (1, 1)),
+                "cmyk.jpg": Image.new("CMYK", (64, 64))}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        small, upright = sgt.read_image(str(tmp_path / name), 32)
+        assert small.shape == (1, 3, 32, 32) and 0 <= small.min() and small.max() <= 1 and upright.mode == "RGB"
+    exif = Image.Exif()
+    exif[274] = 6                                             # turned by a quarter
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert sgt.read_image(str(tmp_path / "turned.jpg"), 32)[1].size == (20, 40)
+    asked = command("--ask", tmp_path / "rgb.png", "What color is it?", cwd=folder)
+    assert asked.returncode == 0 and len(asked.stdout.splitlines()) == 1
+    drawn = command("--generate", "two red circles", "--out", tmp_path / "a.png", "--seed", 1, cwd=folder)
+    assert drawn.returncode == 0 and Image.open(tmp_path / "a.png").size == (256, 256)
+    cut = command("--segment", tmp_path / "rgb.png", "--out", tmp_path / "b.png", cwd=folder)
+    assert cut.returncode == 0 and "object" in cut.stdout and Image.open(tmp_path / "b.png").height >= 20
+
+@pytest.mark.parametrize("args, says", [
+    (["--train", "--preset", "smoke", "--depth", 3], "depth (2 there, 3 now)"),
+    (["--train", "--preset", "smoke", "--image-size", 30], "divisible"), (["--train", "--base-step", 3], "base-step"),
+    (["--train", "--generate", "x"], "--train and --generate"), ([], "nothing to do"), (["--ask", "no.png", "x?"], "no.png"),
+    (["--generate", ""], "empty"), (["--generate", "red " * 50], "shorter"), (["--generate", "x", "--run", "none"], "no readable"),
+    (["--segment", "junk.png"], "junk.png"), (["--segment", "junk.png", "--proxy", "depth"], "no model 'depth'"),
+    (["--generate", "x", "--width", 64], "--width"), (["--generate", "x", "--out", "no/such/\0.png"], "error"),
+    (["--train", "--lr", "fast"], "lr"), (["--generate", "x", "--device", "cuda:9"], "cuda:9")])
+def test_a_mistake_gets_one_line_and_exit_code_two_and_changes_nothing(trained, args, says, monkeypatch, capsys):
+    """A traceback; a half-written file; a run overwritten with other settings."""
+    folder, _ = trained
+    if not (folder / "junk.png").exists():
+        (folder / "junk.png").write_bytes(b"\x89PNG not a picture")
+    before = contents(folder)
+    monkeypatch.chdir(folder)
+    assert sgt.main(list(map(str, args))) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and says in error and len(error.splitlines()) == 1
+    assert contents(folder) == before
+
+def test_a_damaged_run_is_reported_in_one_line(trained, tmp_path):
+    """A traceback from safetensors or json."""
+    folder, _ = trained
+    for name, damage in (("config.json", b"{"), ("instance.safetensors", b"short")):
+        copy = tmp_path / name / "runs" / "smoke"
+        for path, data in contents(folder / "runs" / "smoke").items():
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path).write_bytes(damage if path == name else data)
+        done = command("--generate", "a ring", cwd=tmp_path / name)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and name in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+def test_a_terminated_run_says_so_and_goes_on(tmp_path):
+    """Work lost on Ctrl-C; the wrong exit code."""
+    args = [sys.executable, str(HERE / "sgt.py"), "--train", "--preset", "smoke", "--tok-steps", "400"]
+    process = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    log = tmp_path / "runs/smoke/log.jsonl"
+    while not log.exists() or log.stat().st_size == 0:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert (tmp_path / "runs/smoke/state.safetensors").exists()
+
+def test_the_readme_tells_the_length_of_every_file():
+    """A file map that has gone stale."""
+    readme = (HERE / "README.md").read_text()
+    for name in ("sgt.py", "kernels.py", "eval.py", "test_sgt.py"):
+        said = int(re.search(rf"`{name}` \| ([\d,]+)", readme)[1].replace(",", ""))
+        assert abs(said - len((HERE / name).read_text().splitlines())) <= 25, name
