@@ -62,7 +62,7 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
     """The objects in pictures (B, 3, P, P) of the scene world, by analysis through synthesis.
 
     Pixels are assigned to the nearest object or background color; every connected part of one color is compared with
-    renderings of each shape and size at its place, and takes the best one if the overlap (soft IoU) exceeds one half.
+    renderings of each shape and size at its place, and takes the best one if the overlap (soft IoU) exceeds 0.7.
     Parts hidden by another object do not count against a shape.
     """
     P, names = cfg.image_size, COLOR_NAMES[:cfg.colors]
@@ -108,12 +108,13 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
                         model = (0.5 - outline(dx[:, None, :], dy[:, :, None]) * radius).clamp(0, 1)
                         overlap = (torch.minimum(model, cover) * weight).flatten(1).sum(1)
                         score = overlap / (torch.maximum(model, cover) * weight).flatten(1).sum(1)
-                        better = score > best
+                        seen = (model * weight).flatten(1).sum(1) > 0.5 * model.flatten(1).sum(1)
+                        better = (score > best) & seen        # or noise would be a large object, almost all hidden
                         best = torch.where(better, score, best)
                         best_shape[better], best_size[better] = s, size
                         best_x, best_y = torch.where(better, x, best_x), torch.where(better, y, best_y)
         for i in range(n):
-            if best[i] > 0.5:
+            if best[i] > 0.7:
                 found[int(b[i])].append(Thing(sgt.SHAPE_NAMES[best_shape[i]], names[int(c[i]) - 1],
                                               ("small", "big")[best_size[i]], float(best_x[i]), float(best_y[i]),
                                               float(radii[best_size[i]]), len(found[int(b[i])])))

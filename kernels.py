@@ -69,8 +69,8 @@ class BmmAttention(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         grad_v = weights.transpose(-1, -2) @ grad_out                                            # (B, H, L, D)
         grad_weights = grad_out @ v.transpose(-1, -2)                                            # (B, H, S, L)
-        # softmax backward; the row sum in fp32: it cancels against its terms
-        row = (grad_weights.float() * weights.float()).sum(-1, keepdim=True)
+        exact = torch.promote_types(q.dtype, torch.float32)          # the row sum cancels against its terms
+        row = (grad_weights.to(exact) * weights.to(exact)).sum(-1, keepdim=True)
         grad_scores = (weights * (grad_weights - row) * q.shape[-1] ** -0.5).to(q.dtype)
         return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v, None, None
 

@@ -100,7 +100,7 @@ class Config:
     # sampling
     sample_steps: int = 10            # parallel refinement steps of one image
     guidance: float = 2.0             # guidance scale of generation; 1 = conditional only
-    temperature: float = 1.0          # randomness in the order of unmasking, annealed to zero
+    temperature: float = 1.0          # randomness in the order of unmasking, annealed to zero; 0 = no randomness at all
     # evaluation and bookkeeping
     eval_questions: int = 2000        # questions asked after training, spread evenly over the kinds
     eval_prompts: int = 300           # pictures drawn after training, spread evenly over the kinds
@@ -293,12 +293,12 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
             partner = overlaps if i == 1 else np.zeros(B, bool)
             if i == 1:      # the overlapping pair lies side by side, so that who is in front is not told by height
                 cy = np.where(partner, y[:, 0], cy)
-            ok = ~placed[:, i] & (i < count)
+            ok = ~placed[:, i] & (i < count) & (cy >= low[:, i]) & (cy <= P - low[:, i])
             for j in range(i):
                 reach = radius[:, i] + radius[:, j]
                 gap = np.maximum(abs(cx - x[:, j]), abs(cy - y[:, j]))
                 apart = gap >= reach + 1
-                beside = (gap >= 0.4 * reach) & (gap <= 0.8 * reach)
+                beside = (gap >= 0.42 * reach) & (gap <= 0.75 * reach)
                 ok &= np.where(partner, beside, apart) | ~placed[:, j]
             x[:, i], y[:, i] = np.where(ok, cx, x[:, i]), np.where(ok, cy, y[:, i])
             placed[:, i] |= ok
@@ -366,28 +366,23 @@ red green blue yellow purple cyan orange white segment paint every each separate
 class classes by its own mark kind things stuff everything only draw boxes around all box this image picture depth map
 estimate near far show view from moved camera shift fill missing part hole complete hidden edges detect outlines trace
 reconstruct copy repeat again remove noise denoise clean blur sharpen deblur make sharp enlarge restore detail upscale
-resolution brighten dark light enhance rain derain rainy streaks now please as it was without"""
+their just blurred very once has bright dark enhance rain streaks now as it"""
 
 class Text:
     """Words of the training text plus UTF-8 bytes: short sequences, no unknown words, lossless for any input."""
     PAD, BOS, END = 0, 1, 2
 
     def __init__(self) -> None:
-        pieces = [bytes([b]) for b in range(256)] + [b"?", b",", b"."] + [b" " + w.encode() for w in LEXICON.split()]
-        self.pieces = [b"", b"", b""] + pieces
-        self.ids = {piece: i for i, piece in enumerate(self.pieces) if i > 2}   # '?' is found as the later of its two ids
+        self.pieces = [b""] * 3 + [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in LEXICON.split()]
+        self.ids = {piece: i for i, piece in enumerate(self.pieces) if piece}
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. A word carries the space before it; what is no known word becomes bytes."""
-        ids = []
-        for chunk in re.findall(r" ?\w+| ?[^\w\s]|\s", " " + text):
-            raw = chunk.encode("utf-8", "surrogatepass")
-            ids += [self.ids[raw]] if raw in self.ids else [self.ids[bytes([b])] if bytes([b]) not in b"?,." else 3 + b
-                                                            for b in raw]
-        return ids
+        """Ids of a text. A word carries the space before it; punctuation and what is no known word become bytes."""
+        chunks = [c.encode("utf-8", "surrogatepass") for c in re.findall(r" ?\w+| ?[^\w\s]|\s", " " + text)] if text else []
+        return [i for c in chunks for i in ([self.ids[c]] if c in self.ids else [3 + b for b in c])]
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the first end token; bytes that are not valid UTF-8 become the replacement character."""
@@ -529,7 +524,7 @@ def ask_size(objects, rng, cfg):
 
 def ask_occlusion(objects, rng, cfg):
     for a, b in pairs(objects, rng):
-        if max(abs(a.x - b.x), abs(a.y - b.y)) < 0.85 * (a.radius + b.radius):
+        if max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius):
             o = a if a.index > b.index else b                               # objects are listed back to front
             return f"what is in front, the {a.color} {a.shape} or the {b.color} {b.shape}?", f"{o.color} {o.shape}"
 
@@ -558,29 +553,26 @@ def word_rng(scenes: Scenes, b: int) -> random.Random:
 def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int) -> tuple[list[int], list[bool]]:
     """Questions and answers about one scene in random order until the budget is full, a description last.
 
-    Returns ids and, for each, whether it is supervised (answers and their end token are).
+    Returns ids and, for each, whether it is supervised (answers and their end token are). What an earlier turn has told
+    is not asked: a model that can copy does not look.
     """
-    ids, supervised = [], []
-
-    def turn(question: str, answer: str) -> bool:
-        q, a = TEXT.encode(question), TEXT.encode(answer) + [Text.END]
-        if len(ids) + len(q) + len(a) > budget:
-            return False
-        ids.extend(q + a)
-        supervised.extend([False] * len(q) + [True] * len(a))
-        return True
-
-    listing = describe(objects, cfg.image_size)
-    budget -= len(TEXT.encode(listing)) + 6                                 # the description must fit; it comes last
+    turns, told = [], ""
+    last = ("list the objects.", describe(objects, cfg.image_size))
+    tokens = lambda question, answer: (TEXT.encode(question), TEXT.encode(answer) + [Text.END])
+    budget -= sum(map(len, tokens(*last)))
     kinds = list(QUESTIONS) * 2
     rng.shuffle(kinds)
     for kind in kinds:
-        asked = QUESTIONS[kind][1](objects, rng, cfg)
-        if asked:
-            turn(*asked)
-    budget += len(TEXT.encode(listing)) + 6
-    turn("list the objects.", listing)
-    return ids, supervised
+        question, answer = QUESTIONS[kind][1](objects, rng, cfg) or ("", "")
+        words = question.rstrip("?").split()
+        named = {"existence": words[-2:], "color": [answer, *words[-1:]], "shape": words[4:5] + [answer]}.get(kind)
+        size = sum(map(len, tokens(question, answer)))
+        if question and size <= budget and not (named and " ".join(named) in told) and question not in told:
+            turns.append(tokens(question, answer))
+            told += " ".join([question, answer, *(named or ()), ""])
+            budget -= size
+    turns.append(tokens(*last))
+    return [i for q, a in turns for i in q + a], [said for q, a in turns for said in [False] * len(q) + [True] * len(a)]
 
 # ==== 4. Proxies: what the model may be asked to draw of an image that it looks at ==================================
 
@@ -878,7 +870,7 @@ class UnifiedModel(nn.Module):
         self.mask_id = len(TEXT) + cfg.codebook
         self.embed = nn.Parameter(torch.randn(self.mask_id + 1, D))
         self.place = nn.Parameter(0.5 * torch.randn(1 + 2 * N + cfg.row_len, D))
-        self.see = Stem(cfg.patch, 2, D)                                 # image (B, 3, P, P) → features (B, N, D)
+        self.see = Stem(cfg.patch, 3, D)                                 # image (B, 3, P, P) → features (B, N, D)
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
         self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))         # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
@@ -1051,7 +1043,8 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
 
     MaskGIT (arXiv 2202.04200): start with every token masked; each step predicts all of them in parallel and keeps the
     most confident, so that cos(π/2 · step/steps) of them stay masked. Guidance moves the logits away from those of an
-    empty prompt: u + guidance · (c − u). `on_step(ids, is_masked)` is called before every step and at the end.
+    empty prompt: u + guidance · (c − u). `temperature` is the randomness in the order of unmasking, annealed to zero; 0
+    also takes the likeliest tokens. `on_step(ids, is_masked)` is called before every step and at the end.
     """
     cfg, device, V = model.cfg, model.embed.device, len(TEXT)
     B, N = len(texts), cfg.tokens
@@ -1066,8 +1059,8 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     lo = start[:, None].expand(R, N).contiguous()
     layout = Layout(lo, torch.full_like(lo, L + N))
     ids = torch.full((B, N), model.mask_id, device=device)
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: -(-torch.rand(*shape, generator=g).clamp(1e-9, 1 - 1e-7).log()).log().to(device)  # Gumbel
+    g = torch.Generator(device).manual_seed(seed)
+    gumbel = lambda *shape: -torch.empty(shape, device=device).exponential_(generator=g).log()
     for step in range(steps):
         is_masked = ids == model.mask_id                                                          # (B, N)
         if on_step:
@@ -1077,11 +1070,11 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
         if guided:
             conditional, empty = logits.chunk(2)
             logits = empty + guidance * (conditional - empty)
-        log_p = logits.log_softmax(-1)
-        choice = (log_p + draw(B, N, cfg.codebook)).argmax(-1)                                    # (B, N)
-        confidence = log_p.gather(-1, choice[..., None])[..., 0]
+        noise = gumbel(B, N, cfg.codebook) if temperature > 0 else 0.0
+        choice = (logits + noise).argmax(-1)                          # a sample of the softmax    (B, N)
+        confidence = logits.gather(-1, choice[..., None])[..., 0] - logits.logsumexp(-1)
         ratio = (step + 1) / steps
-        confidence = confidence + temperature * (1 - ratio) * draw(B, N)
+        confidence = confidence + temperature * (1 - ratio) * gumbel(B, N)
         confidence = confidence.masked_fill(~is_masked, math.inf)     # what was kept stays kept
         still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)         # how many stay masked
         ids = torch.where(is_masked, V + choice, ids)
@@ -1350,8 +1343,9 @@ def train(cfg: Config, run: Run) -> None:
     torch.manual_seed(cfg.seed)
     tokenizer = VisionTokenizer(cfg).to(device)
     base = UnifiedModel(cfg).to(device)
-    print(f"tokenizer {count(tokenizer)} parameters, {cfg.codebook} codes, {cfg.tokens} tokens an image; "
-          f"model {count(base)} parameters, rows of {cfg.row_len}")
+    size = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
+    print(f"tokenizer {size(tokenizer)}, {cfg.codebook} codes, {cfg.tokens} tokens an image; "
+          f"model {size(base)}, rows of {cfg.row_len}")
 
     def sample_tokenizer(step: int) -> None:
         masks, trip = instance(cfg, val, val_r).to(device), lambda x: tokenizer.decode(tokenizer.encode(x))
@@ -1365,7 +1359,7 @@ def train(cfg: Config, run: Run) -> None:
         rows = [("text to image", drawn, GRID_PROMPTS), ("image", seen, said)]
         if name in PROXIES and name != "none":
             source, prompts, target = proxy_batch(cfg, name, val, val_r)
-            drawn = generate(model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device))
+            drawn = generate(model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device), temperature=0.0)
             rows += [("seen", source, None)] * bool(PROXIES[name].source) + [(f"{name}: true", target, None), ("drawn", drawn, None)]
         run.write(f"samples/{name}_{step:06d}.png", picture_grid(rows))
 
@@ -1393,10 +1387,6 @@ def train(cfg: Config, run: Run) -> None:
     if not (run.folder / "report.json").exists():
         evaluate(run, device)
     print(show(run))
-
-def count(module: nn.Module) -> str:
-    n = sum(p.numel() for p in module.parameters())
-    return f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n / 1e3:.0f}k"
 
 def find_run(name: str | None) -> Run:
     """A run by folder or by name under runs/; without a name the newest."""
@@ -1473,8 +1463,8 @@ def use(args: argparse.Namespace, given: dict) -> None:
         image, picture = read_image(args.segment, cfg.image_size)
         scenes = sample_scenes(cfg, "val", np.arange(1))              # only for the choice of words of the prompt
         prompt = TEXT.encode(PROXIES[proxy].prompts[0].format(**referent(scenes, 0)._asdict()))
-        drawn = generate(model, tokenizer, [prompt], image.to(device), steps=wanted.sample_steps,
-                         temperature=wanted.temperature, seed=seed)[0]
+        drawn = generate(model, tokenizer, [prompt], image.to(device), steps=wanted.sample_steps, seed=seed,
+                         temperature=given.get("temperature", 0.0))[0]
         scale = max(1.0, 256 / max(picture.size))
         size = (round(picture.width * scale), round(picture.height * scale))
         sheet = Image.new("RGB", (size[0] * 2 + 4, size[1]), "white")

@@ -40,6 +40,10 @@ def exact(monkeypatch):
     """fp32 everywhere, for comparisons to rounding."""
     monkeypatch.setattr(sgt, "compute_dtype", lambda device: torch.float32)
 
+def known(text):
+    """Whether a text is made of words of the lexicon and punctuation."""
+    return all(i >= 259 or TEXT.pieces[i] in b"?,." for i in TEXT.encode(text))
+
 def thing(color, shape, x, y, size="big", index=0):
     return Thing(shape, color, size, x, y, {"small": 3.5, "big": 5.5}[size], index)
 
@@ -54,7 +58,7 @@ def test_every_preset_is_valid_and_every_setting_has_a_help_text():
         assert sgt.flag(field.name) in text
 
 @pytest.mark.parametrize("field, value, says", [
-    ("image_size", 60, "divisible"), ("fsq_levels", "8,x", "levels"), ("width", 100, "head_dim"), ("shapes", 99, "shapes"),
+    ("image_size", 62, "divisible"), ("fsq_levels", "8,x", "levels"), ("width", 100, "head_dim"), ("shapes", 99, "shapes"),
     ("proxies", "none,sky", "sky"), ("proxies", "none,none", "once"), ("lr", float("nan"), "lr"), ("lr", 0.0, "lr"),
     ("base_steps", -1, "base_steps"), ("device", "tpu", "device"), ("schedule", "later", "schedule"), ("seed", -1, "seed")])
 def test_a_setting_that_cannot_work_is_refused_with_its_name(field, value, says):
@@ -100,7 +104,7 @@ def test_rendering_agrees_with_its_own_labels():
     for b in range(200):
         for o in sgt.things(scenes, b):
             mask = r.instance[b] == o.index + 1
-            assert mask.sum() > 4
+            assert mask.sum() >= 3
             color = r.image[b][:, mask].mean(1)
             assert (color - torch.tensor(sgt.COLORS[o.color])).abs().max() < 0.25
     order = np.argsort(-scenes.y[:, 0])[:1]                  # a nearer object must not be farther than one above it
@@ -122,7 +126,7 @@ def test_everything_the_scenes_say_is_made_of_known_words_and_fits():
         texts = list(sgt.captions(objects).values()) + [sgt.describe(objects, 64)]
         texts += [t for _, ask in QUESTIONS.values() for t in ask(objects, rng, CFG) or ()]
         for text in texts:
-            assert min(TEXT.encode(text)) >= 256 and TEXT.decode(TEXT.encode(text)) == text, text
+            assert known(text) and TEXT.decode(TEXT.encode(text)) == text, text
         assert all(len(TEXT.encode(t)) < 16 for t in sgt.captions(objects).values())
 
 def test_questions_about_a_known_scene_have_the_answers_a_person_gives():
@@ -189,7 +193,7 @@ def test_all_prompts_have_six_tokens():
     for name in DRAWN:
         for prompt in PROXIES[name].prompts:
             assert len(TEXT.encode(prompt.format(color="red", shape="circle"))) == 6, prompt
-            assert min(TEXT.encode(prompt.format(color="red", shape="circle"))) >= 256, prompt
+            assert known(prompt.format(color="red", shape="circle")), prompt
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_supervised_tokens_are_those_of_the_proxy_target(name, monkeypatch):
@@ -334,9 +338,9 @@ def test_the_first_losses_are_those_of_a_uniform_guess():
     """A wrong vocabulary, a loss on the wrong positions, a bad start."""
     torch.manual_seed(0)
     parts = sgt.losses(sgt.UnifiedModel(CFG), sgt.VisionTokenizer(CFG), sgt.make_batch(CFG, "arm", 0, 2, 2, "depth", 2))
-    assert math.isclose(parts["text"], math.log(len(TEXT)), rel_tol=1e-4)
-    assert math.isclose(parts["t2i"], math.log(CFG.codebook), rel_tol=1e-4)
-    assert math.isclose(parts["proxy"], math.log(CFG.codebook), rel_tol=1e-4)
+    assert math.isclose(parts["text"].item(), math.log(len(TEXT)), rel_tol=1e-4)
+    assert math.isclose(parts["t2i"].item(), math.log(CFG.codebook), rel_tol=1e-4)
+    assert math.isclose(parts["proxy"].item(), math.log(CFG.codebook), rel_tol=1e-4)
 
 def test_the_image_loss_is_on_masked_tokens_only(monkeypatch):
     """Copying visible tokens counted as learning (a mistake seen in public MaskGIT code)."""
@@ -407,6 +411,7 @@ def test_guidance_one_is_the_conditional_model_and_seeds_decide_the_picture(exac
     assert not torch.equal(draw(guidance=1.0), draw(guidance=4.0))
     assert not torch.equal(draw(seed=0), draw(seed=1)) and torch.equal(draw(seed=1), draw(seed=1))
 
+@torch.no_grad()
 def test_the_cached_condition_gives_what_the_whole_sequence_gives(exact):
     """A cache off by one; positions that differ between training and sampling."""
     tokenizer, model = models()
@@ -423,6 +428,7 @@ def test_the_cached_condition_gives_what_the_whole_sequence_gives(exact):
     got = model.trunk(target, take(batch.positions), kernels.Layout(lo, torch.full_like(lo, L + CFG.tokens)), caches, L)
     assert torch.allclose(got, want, atol=2e-5)
 
+@torch.no_grad()
 def test_cached_answers_are_those_of_reading_everything_again(exact):
     """A decoder that looks at the wrong column after the first token."""
     _, model = models()
