@@ -26,7 +26,7 @@ from torch import Tensor
 import sgt
 from sgt import COLOR_NAMES, COLORS, PALETTE, QUESTIONS, SHAPES, TEXT, Config, Thing, UserError
 
-# ==== 1. Judge: parse a picture back into objects ===================================================================
+# ==== 1. Judge: parse a picture back into objects ===========================================================
 
 def components(mask: Tensor) -> Tensor:
     """Label the 8-connected parts of masks: (B, P, P) bool → (B, P, P) int64, 0 outside, else 1 + the largest flat pixel
@@ -44,7 +44,7 @@ def split_parts(label_map: Tensor, classes: int, smallest: float) -> tuple[Tenso
     """Parts of one class in an index map (B, P, P), 0 = background: sample (n,), class (n,), masks (n, P, P) bool."""
     B, P, _ = label_map.shape
     each = torch.arange(1, classes, device=label_map.device)[:, None, None]
-    labels = components((label_map[:, None] == each).flatten(0, 1)).view(B, classes - 1, P * P)   # (B, classes-1, P·P)
+    labels = components((label_map[:, None] == each).flatten(0, 1)).view(B, classes - 1, P * P)  # (B, classes-1, P·P)
     b, c, p = torch.nonzero(labels, as_tuple=True)
     key = (b * classes + c) * (P * P + 1) + labels[b, c, p]
     keys, part, area = key.unique(return_inverse=True, return_counts=True)
@@ -69,7 +69,7 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
     backgrounds = torch.tensor(sgt.BACKGROUNDS)
     palette = torch.cat([backgrounds, torch.tensor([COLORS[c] for c in names])])
     image = image.float().cpu()
-    label = (nearest(image, palette) - len(backgrounds) + 1).clamp(min=0)                         # 0 background
+    label = (nearest(image, palette) - len(backgrounds) + 1).clamp(min=0)                       # 0 background
     smallest = 0.4 * (0.3 * sgt.RADII[0] * P) ** 2 * math.pi + 2
     sample, color, masks = split_parts(label, len(names) + 1, smallest)
     found: list[list[Thing]] = [[] for _ in image]
@@ -85,7 +85,7 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
         ray = palette[len(backgrounds) - 1 + c] - ground
         cover = ((image[b] - ground[:, :, None, None]) * ray[:, :, None, None]).sum(1)
         cover = (cover / ray.square().sum(1)[:, None, None]).clamp(0, 1)                          # (n, P, P)
-        near = F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0]                                 # the part and its edge
+        near = F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0]                      # the part and its edge
         hidden = (label[b] != 0) & (label[b] != c[:, None, None])
         hidden = (F.max_pool2d(hidden[:, None].float(), 3, 1, 1)[:, 0] > 0) & ~mask
         cover = torch.maximum(cover * near, mask * 0.7)
@@ -93,7 +93,7 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
         rows, cols = mask.any(2).float(), mask.any(1).float()
         first = lambda line: line.argmax(1)
         last = lambda line: P - line.flip(1).argmax(1)
-        middle_y, middle_x = (first(rows) + last(rows)) / 2, (first(cols) + last(cols)) / 2       # (n,) box centre
+        middle_y, middle_x = (first(rows) + last(rows)) / 2, (first(cols) + last(cols)) / 2  # (n,) box centre
         best = torch.zeros(n)
         best_shape, best_size = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
         best_x, best_y = middle_x.clone(), middle_y.clone()
@@ -109,7 +109,7 @@ def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
                         overlap = (torch.minimum(model, cover) * weight).flatten(1).sum(1)
                         score = overlap / (torch.maximum(model, cover) * weight).flatten(1).sum(1)
                         seen = (model * weight).flatten(1).sum(1) > 0.5 * model.flatten(1).sum(1)
-                        better = (score > best) & seen        # or noise would be a large object, almost all hidden
+                        better = (score > best) & seen   # or noise would be a large object, almost all hidden
                         best = torch.where(better, score, best)
                         best_shape[better], best_size[better] = s, size
                         best_x, best_y = torch.where(better, x, best_x), torch.where(better, y, best_y)
@@ -138,7 +138,7 @@ def satisfied(prompt: Prompt, found: list[Thing]) -> bool:
     return any(sgt.relation(p, q) == sgt.relation(a, b) for p in found for q in found
                if p.shape == a.shape and q.shape == b.shape)
 
-# ==== 2. Segmentation: colors → masks → panoptic quality ============================================================
+# ==== 2. Segmentation: colors → masks → panoptic quality ====================================================
 
 def masks_of(target: Tensor, colors: int) -> list[Tensor]:
     """Instance masks in drawn targets (B, 3, P, P): nearest palette color, connected parts, tiny ones dropped."""
@@ -160,7 +160,7 @@ def panoptic_quality(predicted: list[Tensor], truth: list[Tensor]) -> dict[str, 
     matched, iou_sum, extra, missed, best = 0, 0.0, 0, 0, []
     for p, t in zip(predicted, truth):
         p_flat, t_flat = p.flatten(1).float(), t.flatten(1).float()
-        both = p_flat @ t_flat.T                                                                  # (predictions, truths)
+        both = p_flat @ t_flat.T                                                       # (predictions, truths)
         iou = both / (p_flat.sum(1)[:, None] + t_flat.sum(1)[None] - both).clamp(min=1)
         hits = iou > 0.5                          # masks of one image do not overlap, so a match is unique
         matched += int(hits.sum())
@@ -173,7 +173,7 @@ def panoptic_quality(predicted: list[Tensor], truth: list[Tensor]) -> dict[str, 
     sq, rq = iou_sum / max(matched, 1), matched / (matched + 0.5 * extra + 0.5 * missed)
     return {"pq": 100 * sq * rq, "sq": 100 * sq, "rq": 100 * rq, "miou": 100 * float(np.mean(best)) if best else 0.0}
 
-# ==== 3. Metrics of a model =========================================================================================
+# ==== 3. Metrics of a model =================================================================================
 
 def scene_stream(cfg: Config, split: str, chunk: int = 256, overlap: float = 0.25):
     """The scenes of a split without end, a chunk at a time."""
@@ -289,7 +289,7 @@ def segmentation(cfg: Config, model, tokenizer, name: str, total: int) -> dict[s
         if len(truth) >= total:
             return panoptic_quality(predicted[:total], truth[:total])
 
-# ==== 4. Report =====================================================================================================
+# ==== 4. Report =============================================================================================
 
 def evaluate(run: sgt.Run, device: torch.device) -> dict:
     """Measure every finished model of a run; write and return report.json (and report.md)."""
@@ -307,6 +307,11 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
         "mask_ceiling": segmentation(cfg, None, tokenizer, "instance", cfg.eval_masks),
         "models": {},
     }
+    # the picture beside the numbers: eight scenes cut up, eight prompts drawn, by every model
+    val = sgt.sample_scenes(cfg, "grid", np.arange(8))
+    rendered, segment = sgt.render(cfg, val), TEXT.encode(sgt.PROXIES["instance"].prompts[0])
+    seen, shown = rendered.image.to(device), [len(prompts) * i // 8 for i in range(8)]
+    cut, free = [("input", seen, None), ("truth", sgt.instance(cfg, val, rendered), None)], []
     for arm in ["base", *cfg.arms]:
         _, _, model, _ = sgt.load_run(run, arm, device)
         print(f"measuring {arm} …", flush=True)
@@ -317,6 +322,9 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
         if arm in ("instance", "shuffled"):
             entry["segmentation"] = segmentation(cfg, model, tokenizer, arm, cfg.eval_masks)
         report["models"][arm] = entry
+        cut.append((f"{label(arm)}: cut", sgt.generate(model, tokenizer, [segment] * 8, seen, temperature=0.0), None))
+        free.append((f"{label(arm)}: drawn", torch.cat(drawn)[shown], [prompts[i].text for i in shown]))
+    run.write("samples/comparison.png", sgt.picture_grid(cut + free))
     run.write("report.md", (markdown(report) + "\n").encode())
     run.write("report.json", json.dumps(report, indent=1).encode())
     return report

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- 1. Layout: who may attend to whom -------------------------------------------------------------------------------
+# ---- 1. Layout: who may attend to whom ---------------------------------------------------------------------
 
 @dataclass
 class Layout:
     """Row i of sample b attends to the columns [lo[b, i], hi[b, i]); an empty interval gives an output of zeros."""
-    lo: Tensor                                                                                   # (B, S) int32
-    hi: Tensor                                                                                   # (B, S) int32
+    lo: Tensor                                                                                  # (B, S) int32
+    hi: Tensor                                                                                  # (B, S) int32
 
     def may_attend(self, columns: int) -> Tensor:
         """The mask that the intervals stand for: True where row i may attend to column j; (B, 1, S, columns) bool."""
@@ -38,7 +38,7 @@ def draw(layout: Layout, columns: int, row: int = 0) -> str:
     mask = layout.may_attend(columns)[row, 0].tolist()
     return "\n".join("".join("#" if cell else "." for cell in line) for line in mask)
 
-# ---- 2. Attention ----------------------------------------------------------------------------------------------------
+# ---- 2. Attention ------------------------------------------------------------------------------------------
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """The definition: softmax(q kᵀ / √D) over the allowed columns, times v.
@@ -47,9 +47,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tupl
     weights (B, H, S, L), which eval.py looks at. Rows that may attend to nothing get zeros, not NaN.
     """
     may = layout.may_attend(k.shape[2])
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                                     # (B, H, S, L)
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                                    # (B, H, S, L)
     weights = torch.softmax(scores.masked_fill(~may, -1e9 if q.dtype != torch.float16 else -6e4), -1) * may
-    return weights @ v, weights                                                                  # (B, H, S, D)
+    return weights @ v, weights                                                                 # (B, H, S, D)
 
 class BmmAttention(torch.autograd.Function):
     """Attention as two matrix products forward and four backward, with the softmax weights kept in between.
@@ -67,26 +67,33 @@ class BmmAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, weights = ctx.saved_tensors
-        grad_v = weights.transpose(-1, -2) @ grad_out                                            # (B, H, L, D)
-        grad_weights = grad_out @ v.transpose(-1, -2)                                            # (B, H, S, L)
+        grad_v = weights.transpose(-1, -2) @ grad_out                                           # (B, H, L, D)
+        grad_weights = grad_out @ v.transpose(-1, -2)                                           # (B, H, S, L)
         exact = torch.promote_types(q.dtype, torch.float32)          # the row sum cancels against its terms
         row = (grad_weights.to(exact) * weights.to(exact)).sum(-1, keepdim=True)
         grad_scores = (weights * (grad_weights - row) * q.shape[-1] ** -0.5).to(q.dtype)
         return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v, None, None
 
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """PyTorch's fused attention with a dense mask. An empty row would be NaN, and so would its gradients, even after
+    nan_to_num: it attends to everything here, and its output is multiplied by zero.
+    """
+    may = layout.may_attend(k.shape[2])
+    some = may.any(-1, keepdim=True)                                                         # (B, 1, S, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=may | ~some) * some
+
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Interval attention with the fastest path for the device. q (B, H, S, D), k and v (B, H, L, D) → (B, H, S, D)."""
+    """Interval attention, the fastest way on the device. q (B, H, S, D); k, v (B, H, L, D) → (B, H, S, D)."""
     if q.device.type == "cpu":
         return BmmAttention.apply(q, k, v, layout.lo, layout.hi)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.may_attend(k.shape[2])).nan_to_num(0.0)
+    return attention_sdpa(q, k, v, layout)
 
-# ---- 3. Key-value cache ----------------------------------------------------------------------------------------------
+# ---- 3. Key-value cache ------------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of one layer in buffers of fixed shape (B, H, length, D), filled from the left."""
     def __init__(self, batch: int, heads: int, length: int, dim: int, like: Tensor):
         self.k, self.v = like.new_zeros(2, batch, heads, length, dim)
-        self.filled = 0
 
     def put(self, k: Tensor, v: Tensor, at: int) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written."""
@@ -94,7 +101,7 @@ class KVCache:
         self.k[:, :, at:end], self.v[:, :, at:end] = k, v
         return self.k[:, :, :end], self.v[:, :, :end]
 
-# ---- 4. Optimizer -----------------------------------------------------------------------------------------------------
+# ---- 4. Optimizer ------------------------------------------------------------------------------------------
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """Push every singular value of g (…, rows, columns) towards 1 with a quintic Newton-Schulz iteration (Muon,
@@ -102,7 +109,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = g.shape[-2] <= g.shape[-1]
-    x = g if wide else g.transpose(-1, -2)                            # the products below are of the short side
+    x = g if wide else g.transpose(-1, -2)                          # the products below are of the short side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.to(compute_dtype(g.device))
     for _ in range(steps):
@@ -152,7 +159,7 @@ class Optimizer:
                 slots.setdefault(int(i), {})[name] = value
         self.adam.load_state_dict({"state": slots, "param_groups": self.adam.state_dict()["param_groups"]})
 
-# ---- 5. Precision and compilation --------------------------------------------------------------------------------------------------
+# ---- 5. Precision and compilation --------------------------------------------------------------------------
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where matrix products are faster in it: recent GPUs and CPUs with AVX-512-BF16 or AMX."""
@@ -178,7 +185,7 @@ def compiled(function):
             return state["run"](*args)
         try:
             out = state["run"](*args)
-        except Exception as e:                    # no compiler, an unsupported platform: torch raises many kinds
+        except Exception as e:                 # no compiler, an unsupported platform: torch raises many kinds
             print(f"not compiled ({e.__class__.__name__}: {str(e).strip().splitlines()[0][:100]}); running eagerly")
             state["run"] = function
             out = function(*args)

@@ -1,6 +1,6 @@
 """Semantic Generative Tuning in one file: a unified multimodal model, from scratch, from nothing to an answer.
 
-    python sgt.py --train                                  # render data, train, post-train, compare: the whole experiment
+    python sgt.py --train                      # render data, train, post-train, compare: the whole experiment
     python sgt.py --generate "two red circles"             # use the newest run
     python sgt.py --ask picture.png "what color is the circle?"
     python sgt.py --segment picture.png
@@ -54,7 +54,7 @@ from kernels import KVCache, Layout, Optimizer, attention, compiled, compute_dty
 class UserError(Exception):
     """A mistake of the person at the keyboard: printed as one line, exit code 2."""
 
-# ==== 1. Config =====================================================================================================
+# ==== 1. Config =============================================================================================
 
 @dataclass(frozen=True)
 class Config:
@@ -73,68 +73,52 @@ class Config:
     tok_width: int = 128              # width of the tokenizer's transformer blocks
     tok_depth: int = 2                # transformer blocks in the decoder
     tok_reach: int = 1                # side of what the encoder sees around a patch, in patches
-    tok_steps: int = 800              # training steps
+    tok_steps: int = 700              # training steps
     tok_batch: int = 64               # images a step
     # the unified model
-    width: int = 192                  # D, a multiple of head_dim
+    width: int = 128                  # D, a multiple of head_dim
     depth: int = 6                    # transformer blocks
-    head_dim: int = 64                # width of one attention head
+    head_dim: int = 32                # width of one attention head
     dialogue_len: int = 96            # text tokens beside an understood image
     prompt_len: int = 16              # text tokens before a generated image
     # training
-    base_steps: int = 1200            # steps of the base model
+    base_steps: int = 1400            # steps of the base model
     arm_steps: int = 300              # steps of every post-training arm
-    vqa_batch: int = 24               # base: understanding dialogues a step
-    t2i_batch: int = 32               # base: captioned images a step
-    arm_vqa: int = 12                 # arms: understanding dialogues a step (replay, the same in every arm)
+    vqa_batch: int = 12               # base: understanding dialogues a step
+    t2i_batch: int = 24               # base: captioned images a step
+    arm_vqa: int = 8                  # arms: understanding dialogues a step (replay, the same in every arm)
     arm_t2i: int = 16                 # arms: captioned images a step (replay, the same in every arm)
     ratio: float = 2.0                # arms: proxy samples for every understanding dialogue (the paper: 2)
     proxies: str = "none,instance"    # post-training arms, or "all"; "none" is the SFT control
-    schedule: str = "mixed"           # mixed: proxy and replay in every step; sequential: first the proxy, then replay
+    schedule: str = "mixed"  # mixed: proxy and replay in every step; sequential: first the proxy, then replay
     text_weight: float = 1.5          # weight of the text loss (the paper's)
     image_weight: float = 1.0         # weight of each image loss (the paper's)
     condition_drop: float = 0.1       # share of captions dropped, for guidance
-    lr: float = 0.02                  # Muon learning rate of the matrices, base and tokenizer
-    adam_lr: float = 0.004            # AdamW learning rate of embeddings and heads
+    lr: float = 0.025                 # Muon learning rate of the matrices, base and tokenizer
+    adam_lr: float = 0.012            # AdamW learning rate of embeddings and heads
     arm_lr: float = 0.5               # arms: both learning rates times this
     # sampling
     sample_steps: int = 10            # parallel refinement steps of one image
-    guidance: float = 2.0             # guidance scale of generation; 1 = conditional only
-    temperature: float = 1.0          # randomness in the order of unmasking, annealed to zero; 0 = no randomness at all
+    guidance: float = 4.0             # guidance scale of generation; 1 = conditional only
+    temperature: float = 1.0  # randomness in the order of unmasking, annealed to zero; 0 = no randomness at all
     # evaluation and bookkeeping
     eval_questions: int = 2000        # questions asked after training, spread evenly over the kinds
     eval_prompts: int = 300           # pictures drawn after training, spread evenly over the kinds
     eval_masks: int = 200             # scenes segmented after training
-    sample_every: int = 400           # steps between sample grids
-    save_every: int = 200             # steps between checkpoints
-    compile: bool = True              # compile the transformer block; --no-compile starts sooner and runs slower
+    sample_every: int = 700           # steps between sample grids
+    save_every: int = 300             # steps between checkpoints
+    compile: bool = True           # compile the transformer block; --no-compile starts sooner and runs slower
     device: str = "auto"              # auto, cpu, cuda or mps
     threads: int = 0                  # CPU threads; 0 = all
 
-    @property
-    def grid(self) -> int:            # G
-        return self.image_size // self.patch
-
-    @property
-    def tokens(self) -> int:          # N
-        return self.grid ** 2
-
-    @property
-    def levels(self) -> list[int]:
-        return [int(level) for level in self.fsq_levels.split(",")]
-
-    @property
-    def codebook(self) -> int:        # K
-        return math.prod(self.levels)
-
-    @property
-    def row_len(self) -> int:
-        """S: a row holds one dialogue, or one proxy sample, or two captioned images."""
-        return max(self.tokens + self.dialogue_len, 2 * (self.tokens + self.prompt_len))
-
-    @property
-    def arms(self) -> list[str]:
-        return list(PROXIES) if self.proxies == "all" else self.proxies.split(",")
+    # derived
+    grid = property(lambda self: self.image_size // self.patch)                                   # G
+    tokens = property(lambda self: self.grid ** 2)                                                # N
+    levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
+    codebook = property(lambda self: math.prod(self.levels))                                      # K
+    arms = property(lambda self: list(PROXIES) if self.proxies == "all" else self.proxies.split(","))
+    # S: a row holds one dialogue, or one proxy sample, or two captioned images
+    row_len = property(lambda self: max(self.tokens + self.dialogue_len, 2 * (self.tokens + self.prompt_len)))
 
     def validate(self) -> None:
         """Refuse what cannot work, before anything is written."""
@@ -147,12 +131,11 @@ class Config:
              f"fsq_levels={self.fsq_levels!r} is no list of levels above 1 with a product up to 65536", "try 8,5,5,5"),
             (min(self.width, self.head_dim) > 0 and self.width % self.head_dim == 0 == self.head_dim % 4,
              f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width that is a "
-             "multiple of head_dim, and head_dim of 4", "try --width 192 --head-dim 64"),
+             "multiple of head_dim, and head_dim of 4", "try --width 128 --head-dim 32"),
             (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
             (min(self.depth, self.tok_depth) >= 1, "depth and tok_depth count blocks", "give at least 1"),
-            (2 <= self.shapes <= len(SHAPES), f"shapes={self.shapes}", f"choose 2 to {len(SHAPES)}"),
-            (2 <= self.colors <= len(COLORS), f"colors={self.colors}", f"choose 2 to {len(COLORS)}"),
-            (1 <= self.max_objects <= 6, f"max_objects={self.max_objects}", "choose 1 to 6"),
+            (2 <= self.shapes <= 8 and 2 <= self.colors <= 8 and 1 <= self.max_objects <= 6,
+             f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}", "choose 2-8, 2-8 and 1-6"),
             (0 <= self.lattice <= size // 8, f"lattice={self.lattice}", f"choose 0 to {size // 8} at this image size"),
             (self.prompt_len >= 16 and self.dialogue_len >= 64, f"prompt_len={self.prompt_len}, dialogue_len="
              f"{self.dialogue_len} do not hold the texts of the scenes", "give at least 16 and 64"),
@@ -188,17 +171,17 @@ PRESETS = {
     "tiny": dict(),
     # one GPU, minutes: larger pictures, free placement, every shape and color
     "base": dict(image_size=64, patch=8, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,5,5", tok_width=256,
-                 tok_depth=4, tok_steps=8000, tok_batch=256, width=512, depth=12, base_steps=20000, arm_steps=4000,
-                 vqa_batch=96, t2i_batch=128, arm_vqa=48, arm_t2i=64, eval_questions=20000, eval_prompts=1200,
+                 tok_depth=4, tok_steps=8000, tok_batch=256, width=512, depth=12, head_dim=64, base_steps=20000, arm_steps=4000,
+                 vqa_batch=96, t2i_batch=128, adam_lr=0.004, arm_vqa=48, arm_t2i=64, eval_questions=20000, eval_prompts=1200,
                  eval_masks=1000, sample_every=2000, save_every=1000, dialogue_len=112),
-    # photographs at 256 pixels, ~100M parameters; the loader for COCO is not written yet, so this trains on scenes
+    # photographs at 256 pixels, ~100M parameters; their loader is not written yet, so this trains on scenes
     "coco": dict(image_size=256, patch=16, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,6,5", tok_width=512,
-                 tok_depth=8, tok_steps=30000, tok_batch=128, width=768, depth=14, base_steps=60000, arm_steps=10000,
-                 vqa_batch=64, t2i_batch=64, arm_vqa=32, arm_t2i=32, eval_questions=20000, eval_prompts=1200,
+                 tok_depth=8, tok_steps=30000, tok_batch=128, width=768, depth=14, head_dim=64, base_steps=60000, arm_steps=10000,
+                 vqa_batch=64, t2i_batch=64, adam_lr=0.003, arm_vqa=32, arm_t2i=32, eval_questions=20000, eval_prompts=1200,
                  eval_masks=1000, sample_every=5000, save_every=1000, dialogue_len=256, prompt_len=64),
 }
 
-# ==== 2. Scenes: the data set, rendered =============================================================================
+# ==== 2. Scenes: the data set, rendered =====================================================================
 
 def star(x: Tensor, y: Tensor, inner: float = 0.42) -> Tensor:
     """Fold the plane into half a spike; there the outline is one edge, from the tip to the inner corner."""
@@ -257,15 +240,11 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.count)
 
-    def pick(self, index) -> "Scenes":
-        return Scenes(*(value[index] for value in vars(self).values()))
-
 def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0.25) -> Scenes:
     """Scenes number `index` of a split: 1 to max_objects objects that stay apart, but for one overlapping pair in a
     share `overlap` of the scenes. The camera looks down on a table: objects lower in the picture are nearer.
     """
-    B, M, P = len(index), cfg.max_objects, cfg.image_size
-    tries = 12
+    B, M, P, tries = len(index), cfg.max_objects, cfg.image_size, 12
     draws = 5 + 2 * tries                        # of each object
     u = uniforms(cfg.seed, split, index, 16 + M * draws)
     scene_u, object_u = u[:, :16], u[:, 16:].reshape(B, M, draws)
@@ -278,28 +257,22 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
     size = (object_u[..., 2] < 0.5).astype(np.int64)
     radius = np.array(RADII)[size] * P
     overlaps = (scene_u[:, 2] < overlap) & (count > 1)
-    if M > 1:                                    # two touching objects of one color would be one blob
-        overlaps &= color[:, 0] != color[:, 1]
-
+    overlaps &= color[:, 0] != color[:, min(1, M - 1)]        # two touching objects of one color are one blob
     step = cfg.lattice or 1e-3
     low = np.ceil((radius + 0.5) / step) * step                                                   # (B, M)
     slots = np.floor((P - 2 * low) / step + 1e-6) + 1
-    x, y = np.zeros((B, M)), np.zeros((B, M))
-    placed = np.zeros((B, M), bool)
+    x, y, placed = np.zeros((B, M)), np.zeros((B, M)), np.zeros((B, M), bool)
     for i in range(M):
         for t in range(tries):
             cx = low[:, i] + np.floor(object_u[:, i, 5 + 2 * t] * slots[:, i]) * step
             cy = low[:, i] + np.floor(object_u[:, i, 6 + 2 * t] * slots[:, i]) * step
-            partner = overlaps if i == 1 else np.zeros(B, bool)
-            if i == 1:      # the overlapping pair lies side by side, so that who is in front is not told by height
-                cy = np.where(partner, y[:, 0], cy)
+            partner = overlaps & (i == 1)
+            cy = np.where(partner, y[:, 0], cy)  # the overlapping pair lies side by side: height does not tell the front
             ok = ~placed[:, i] & (i < count) & (cy >= low[:, i]) & (cy <= P - low[:, i])
             for j in range(i):
-                reach = radius[:, i] + radius[:, j]
-                gap = np.maximum(abs(cx - x[:, j]), abs(cy - y[:, j]))
-                apart = gap >= reach + 1
+                reach, gap = radius[:, i] + radius[:, j], np.maximum(abs(cx - x[:, j]), abs(cy - y[:, j]))
                 beside = (gap >= 0.42 * reach) & (gap <= 0.75 * reach)
-                ok &= np.where(partner, beside, apart) | ~placed[:, j]
+                ok &= np.where(partner, beside, gap >= reach + 1) | ~placed[:, j]
             x[:, i], y[:, i] = np.where(ok, cx, x[:, i]), np.where(ok, cy, y[:, i])
             placed[:, i] |= ok
     # back to front; equal heights (the overlapping pair) in random order; objects that found no place go last
@@ -315,11 +288,11 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
 class Rendered:
     """What the renderer knows about a batch of scenes."""
     image: Tensor                     # (B, 3, P, P) in [0, 1]
-    instance: Tensor                  # (B, P, P) int64: 0 background, 1 + index of the object that is in front
+    instance: Tensor                 # (B, P, P) int64: 0 background, 1 + index of the object that is in front
     depth: Tensor                     # (B, P, P) in [0, 1], 1 = near
 
-    def pick(self, index) -> "Rendered":
-        return Rendered(*(value[index] for value in vars(self).values()))
+def pick(batch: Scenes | Rendered, index: slice) -> Scenes | Rendered:
+    return type(batch)(*(value[index] for value in vars(batch).values()))
 
 def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.device = "cpu") -> Rendered:
     """Paint scenes back to front with smooth edges. `shift` moves the camera sideways by up to that many pixels for the
@@ -338,17 +311,17 @@ def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.
         b, m = torch.nonzero((torch.as_tensor(scenes.shape) == s) & exists, as_tuple=True)
         if len(b):
             b, m = b.to(device), m.to(device)
-            distance = SHAPES[SHAPE_NAMES[s]](dx[b, m][:, None, :], dy[b, m][:, :, None])             # (n, P, P)
+            distance = SHAPES[SHAPE_NAMES[s]](dx[b, m][:, None, :], dy[b, m][:, :, None])          # (n, P, P)
             cover[b, m] = (0.5 - distance * radius[b, m][:, None, None]).clamp(0, 1)
     amplitude = put(scenes.texture)
     diagonal = torch.sin((pixel[:, None] + pixel[None, :]) * (2 * math.pi / 4))                   # (P, P)
     backgrounds = put(BACKGROUNDS)[torch.as_tensor(scenes.background, device=device)]             # (B, 3)
-    image = backgrounds[:, :, None, None] + (amplitude[:, :1, None] * diagonal)[:, None]          # (B, 3, P, P)
+    image = backgrounds[:, :, None, None] + (amplitude[:, :1, None] * diagonal)[:, None]        # (B, 3, P, P)
     colors = put(list(COLORS.values()))[torch.as_tensor(scenes.color, device=device)]             # (B, M, 3)
     instance = torch.zeros(B, P, P, dtype=torch.int64, device=device)
     depth = (0.3 * pixel / P)[None, :, None].expand(B, P, P).clone()
     for m in range(M):
-        a = cover[:, m, None]                                                                     # (B, 1, P, P)
+        a = cover[:, m, None]                                                                   # (B, 1, P, P)
         paint = colors[:, m, :, None, None] * (1 + (amplitude[:, m + 1, None, None] * diagonal)[:, None])
         image = image * (1 - a) + paint * a
         front = cover[:, m] > 0.5                                                                 # (B, P, P)
@@ -356,17 +329,16 @@ def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.
         depth = torch.where(front, (0.3 + 0.6 * nearness[:, m] + 0.02 * m)[:, None, None], depth)
     return Rendered(image.clamp(0, 1), instance, depth)
 
-# ==== 3. Language: words, captions, questions =======================================================================
+# ==== 3. Language: words, captions, questions ===============================================================
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-LEXICON = """a and is are there the of in to than how many what color shape where object objects more plus list big small
-left right above below front bigger smaller or top middle bottom center yes no zero one two three four five six seven eight
+LEXICON = """a and is are there the of in than how many what color shape where object objects more plus list big small left
+right above below front bigger smaller or top middle bottom center yes no zero one two three four five six seven eight
 nine ten circle circles square squares triangle triangles cross crosses ring rings bar bars diamond diamonds star stars
-red green blue yellow purple cyan orange white segment paint every each separately instances with different colors another
-class classes by its own mark kind things stuff everything only draw boxes around all box this image picture depth map
-estimate near far show view from moved camera shift fill missing part hole complete hidden edges detect outlines trace
-reconstruct copy repeat again remove noise denoise clean blur sharpen deblur make sharp enlarge restore detail upscale
-their just blurred very once has bright dark enhance rain streaks now as it"""
+red green blue yellow purple cyan orange white segment paint every each separately instances with different colors
+another class by its kind things stuff everything only draw boxes around all box this image picture depth map estimate
+near show view from camera shift fill missing part complete hidden edges detect outlines trace copy remove noise clean
+blur make sharp restore detail their just blurred very once bright dark enhance rain streaks now as it"""
 
 class Text:
     """Words of the training text plus UTF-8 bytes: short sequences, no unknown words, lossless for any input."""
@@ -391,7 +363,7 @@ class Text:
         return text[1:] if text.startswith(" ") else text
 
 TEXT = Text()
-Thing = namedtuple("Thing", "shape color size x y radius index")       # words and pixels of one object, for the language
+Thing = namedtuple("Thing", "shape color size x y radius index")  # words and pixels of one object, for the language
 
 def things(scenes: Scenes, b: int) -> list[Thing]:
     return [Thing(SHAPE_NAMES[scenes.shape[b, m]], COLOR_NAMES[scenes.color[b, m]], ("small", "big")[scenes.size[b, m]],
@@ -574,7 +546,7 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     turns.append(tokens(*last))
     return [i for q, a in turns for i in q + a], [said for q, a in turns for said in [False] * len(q) + [True] * len(a)]
 
-# ==== 4. Proxies: what the model may be asked to draw of an image that it looks at ==================================
+# ==== 4. Proxies: what the model may be asked to draw of an image that it looks at ==========================
 
 # Well-separated colors; index 0 is the background. Instances take them in scan order, which leaves the model no choice
 # to guess (SegGPT lost 9-10 points with random colors).
@@ -585,7 +557,7 @@ PALETTE = torch.tensor([(0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), 
 def paint(ids: Tensor, lut: Tensor) -> Tensor:
     """Color an index map: ids (B, P, P), lut (B, n, 3) of colors for each sample → (B, 3, P, P)."""
     B, P, _ = ids.shape
-    flat = lut.gather(1, ids.reshape(B, -1, 1).expand(-1, -1, 3))                                 # (B, P·P, 3)
+    flat = lut.gather(1, ids.reshape(B, -1, 1).expand(-1, -1, 3))                                # (B, P·P, 3)
     return flat.reshape(B, P, P, 3).permute(0, 3, 1, 2)
 
 def per_object(scenes: Scenes, values: np.ndarray, like: Tensor) -> Tensor:
@@ -678,13 +650,12 @@ def hole(x: Tensor, g: torch.Generator) -> Tensor:
 # name → (level, prompts, target, source). All prompts have six tokens, every arm sees the same scenes, replay and steps:
 # arms differ in the target image alone. DIFFERS: restoring something needs something broken, so the six arms with a
 # `source` also change the image that is looked at; the paper does the same.
+INSTANCE_PROMPTS = ("segment instances with different colors.", "paint each object another color.")
 Proxy = namedtuple("Proxy", "level prompts target source", defaults=[None])
 PROXIES = {
     "none": Proxy("control", (), None),
-    "shuffled": Proxy("control", ("segment instances with different colors.", "paint each object another color."),
-                      shuffled),
-    "instance": Proxy("high", ("segment instances with different colors.", "paint each object another color."),
-                      instance),
+    "shuffled": Proxy("control", INSTANCE_PROMPTS, shuffled),
+    "instance": Proxy("high", INSTANCE_PROMPTS, instance),
     "semantic": Proxy("high", ("paint every class another color.", "segment objects by their kind."), semantic),
     "panoptic": Proxy("high", ("segment things and stuff separately.", "paint everything by its kind."), panoptic),
     "referring": Proxy("high", ("segment only the {color} {shape}.", "paint just the {color} {shape}."), referring),
@@ -712,7 +683,7 @@ def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Te
         prompts.append(prompt.format(**referent(scenes, b)._asdict()) if "{" in prompt else prompt)
     return source, prompts, proxy.target(cfg, scenes, r)
 
-# ==== 5. Vision tokenizer: image ↔ grid of ids ======================================================================
+# ==== 5. Vision tokenizer: image ↔ grid of ids ==============================================================
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, in) times a weight (out, in) kept in fp32 and used in the precision of x."""
@@ -732,7 +703,7 @@ def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """
     n = head_dim // 4
     frequency = 100.0 ** (-torch.arange(n, device=positions.device, dtype=torch.float32) / n)
-    angle = (positions.float()[..., None] * frequency).flatten(-2)                                # (…, S, head_dim/2)
+    angle = (positions.float()[..., None] * frequency).flatten(-2)                        # (…, S, head_dim/2)
     return angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -758,11 +729,11 @@ class Block(nn.Module):
         """x (B, S, D) → (B, S, D). With a cache, the S rows continue what columns [0, at) of the cache hold."""
         B, S, D = x.shape
         qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                      # (B, H, S, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # (B, H, S, D/H)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
-            k, v = cache.put(k, v, at)                                                            # (B, H, at+S, D/H)
-        mixed = attention(q, k, v, Layout(lo, hi))                                                # (B, H, S, D/H)
+            k, v = cache.put(k, v, at)                                                     # (B, H, at+S, D/H)
+        mixed = attention(q, k, v, Layout(lo, hi))                                            # (B, H, S, D/H)
         x = x + linear(mixed.transpose(1, 2).reshape(B, S, D), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
@@ -782,7 +753,7 @@ class Stem(nn.Module):
         """image (B, 3, P, P) in [0, 1] → (B, N, D)."""
         p, k = self.patch, self.reach * self.patch
         windows = F.unfold(F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate"), k, stride=p)
-        windows = windows[..., :(image.shape[-1] // p) ** 2].transpose(1, 2)                      # (B, N, 3·k²)
+        windows = windows[..., :(image.shape[-1] // p) ** 2].transpose(1, 2)                    # (B, N, 3·k²)
         x = linear(F.gelu(linear(windows, self.stem_in)), self.stem_out)
         for up, down in zip(self.up, self.down):
             x = x + linear(F.relu(linear(norm(x), up)).square(), down)
@@ -797,8 +768,8 @@ class VisionTokenizer(nn.Module):
     """Autoencoder with finite scalar quantization (arXiv 2309.15505): a few bounded channels, each rounded to a few
     levels; the codebook is their product, cannot collapse and needs no auxiliary loss.
 
-    The encoder sees one patch and a margin, the decoder everything. An encoder with attention reconstructs worse (README)
-    and, since equal patches get different codes in different pictures, its codes are harder to predict.
+    The encoder sees `tok_reach` patches, the decoder everything. With attention in the encoder equal patches get different
+    codes in different pictures: harder to predict, and at equal steps 52 % of pictures survived a round trip, not 88 %.
     """
     def __init__(self, cfg: Config):
         super().__init__()
@@ -822,7 +793,7 @@ class VisionTokenizer(nn.Module):
         Always in fp32: bf16 has 8 bits, and rounding a bf16 number picks neighbouring codes.
         """
         half = self.levels / 2
-        bounded = torch.tanh(z.float()) * half                                                    # (-L/2, L/2)
+        bounded = torch.tanh(z.float()) * half                                                   # (-L/2, L/2)
         digits = torch.minimum((bounded + half).floor().clamp(min=0), self.levels - 1)            # 0 … L-1
         code = (digits + 0.5) / half - 1
         return bounded / half + (code - bounded / half).detach(), (digits.long() * self.basis).sum(-1)
@@ -856,7 +827,7 @@ class VisionTokenizer(nn.Module):
         """ids (B, N) → image (B, 3, P, P) in [0, 1]."""
         return self.reconstruct(self.code(ids)).clamp(0, 1)
 
-# ==== 6. The unified model ==========================================================================================
+# ==== 6. The unified model ==================================================================================
 
 class UnifiedModel(nn.Module):
     """One transformer over understanding patches, text ids and image ids, with a text head and an image head.
@@ -870,9 +841,9 @@ class UnifiedModel(nn.Module):
         self.mask_id = len(TEXT) + cfg.codebook
         self.embed = nn.Parameter(torch.randn(self.mask_id + 1, D))
         self.place = nn.Parameter(0.5 * torch.randn(1 + 2 * N + cfg.row_len, D))
-        self.see = Stem(cfg.patch, 3, D)                                 # image (B, 3, P, P) → features (B, N, D)
+        self.see = Stem(cfg.patch, 3, D)                             # image (B, 3, P, P) → features (B, N, D)
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
-        self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))         # zero: the first loss is exactly ln V, ln K
+        self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))  # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
 
     def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None) -> Tensor:
@@ -885,7 +856,7 @@ class UnifiedModel(nn.Module):
 
     def trunk(self, x: Tensor, positions: Tensor, layout: Layout, caches: list[KVCache] | None = None, at: int = 0,
               block=Block.forward) -> Tensor:
-        cos, sin = rotary_table(positions, self.cfg.head_dim)                                     # (B, 1, S, D/H/2)
+        cos, sin = rotary_table(positions, self.cfg.head_dim)                               # (B, 1, S, D/H/2)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, weights in enumerate(self.blocks):
             x = block(weights, x, cos, sin, layout.lo, layout.hi, caches[i] if caches else None, at)
@@ -897,7 +868,7 @@ class UnifiedModel(nn.Module):
     def image_logits(self, h: Tensor) -> Tensor:
         return linear(h, self.image_head).float()
 
-# ==== 7. Batches: documents packed into rows of one length ==========================================================
+# ==== 7. Batches: documents packed into rows of one length ==================================================
 
 @dataclass
 class Batch:
@@ -911,7 +882,7 @@ class Batch:
     patch_at: Tensor                  # (n·N,) where their patches go
     text_at: Tensor                   # (t,) places whose next token may be supervised
     text_target: Tensor               # (t,) that token, or -100
-    targets: Tensor                   # (m, 3, P, P) images to draw: first those of captions, then those of the proxy
+    targets: Tensor            # (m, 3, P, P) images to draw: first those of captions, then those of the proxy
     code_at: Tensor                   # (m·N,) where their tokens go
     is_masked: Tensor                 # (m, N) which of their tokens the model must predict
     captioned: int                    # how many targets belong to captions
@@ -928,36 +899,30 @@ class Rows:
         self.positions = np.zeros((n, S, 2), np.float32)
         self.lo, self.hi = np.zeros((n, S), np.int32), np.zeros((n, S), np.int32)
         self.arrays = self.ids, self.slots, self.positions, self.lo, self.hi
-        self.next = np.full((n, S), -100, np.int64)                   # the token to predict, where it is supervised
+        self.next = np.full((n, S), -100, np.int64)             # the token to predict, where it is supervised
         self.patch_at, self.code_at = [], []
         self.grid = grid_positions(cfg.grid).numpy()
 
     def add(self, row: int, start: int, text: list[int], supervised: list[bool] | None = None, *,
             patches: bool = False, codes: bool = False) -> int:
         """Place one document at column `start` of a row and return the column behind it."""
-        N, G, S, at = self.cfg.tokens, self.cfg.grid, self.length, start
+        N, T, at = self.cfg.tokens, len(text), start
+
+        def span(n: int, slot: int, positions: np.ndarray, hi) -> np.ndarray:
+            nonlocal at
+            here, at = slice(at, at + n), at + n
+            self.slots[row, here], self.positions[row, here] = slot + np.arange(n), positions
+            self.lo[row, here], self.hi[row, here] = start, hi
+            return row * self.length + np.arange(n) + here.start      # flat places
         if patches:
-            self.slots[row, at:at + N] = 1 + np.arange(N)
-            self.positions[row, at:at + N] = self.grid
-            self.hi[row, at:at + N] = at + N                          # the image block sees all of itself
-            self.patch_at.append(row * S + at + np.arange(N))
-            at += N
-        T = len(text)
+            self.patch_at.append(span(N, 1, self.grid, at + N))       # the image block sees all of itself
         self.ids[row, at:at + T] = text
-        self.slots[row, at:at + T] = 1 + 2 * N + np.arange(T)
-        self.positions[row, at:at + T] = (G + np.arange(T))[:, None]
-        self.hi[row, at:at + T] = at + 1 + np.arange(T)               # text is causal
         if supervised is not None:
             self.next[row, at - 1:at + T - 1] = np.where(supervised, text, -100)
-        at += T
+        span(T, 1 + 2 * N, (self.cfg.grid + np.arange(T))[:, None], at + 1 + np.arange(T))    # text is causal
         if codes:
-            self.slots[row, at:at + N] = 1 + N + np.arange(N)
-            self.positions[row, at:at + N] = self.grid
-            self.hi[row, at:at + N] = at + N                          # the target sees the condition and itself
-            self.code_at.append(row * S + at + np.arange(N))
-            at += N
-        assert at <= S, f"a document of {at - start} tokens does not fit a row of {S}"
-        self.lo[row, start:at] = start
+            self.code_at.append(span(N, 1 + N, self.grid, at + N))  # the target sees the condition and itself
+        assert at <= self.length, f"a document of {at - start} tokens does not fit a row of {self.length}"
         return at
 
 def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", proxies: int = 0) -> Batch:
@@ -1016,7 +981,7 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
         out["proxy"] = each[n:].sum() / batch.is_masked[n:].sum()
     return out
 
-# ==== 8. Sampling: answers and pictures =============================================================================
+# ==== 8. Sampling: answers and pictures =====================================================================
 
 def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int):
     """Run the condition once. Returns its last hidden state (B, D), caches with room for more, its length L, start (B,).
@@ -1051,7 +1016,7 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     steps = steps or cfg.sample_steps
     temperature = cfg.temperature if temperature is None else temperature
     guided = guidance != 1.0
-    rows = texts + [[Text.BOS]] * B if guided else texts              # condition and empty prompt in one batch
+    rows = texts + [[Text.BOS]] * B if guided else texts             # condition and empty prompt in one batch
     _, caches, L, start = prefill(model, rows, torch.cat([image, image]) if guided and image is not None else image, N)
     R = len(rows)
     positions = grid_positions(cfg.grid).to(device).float().expand(R, N, 2)
@@ -1070,8 +1035,8 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
         if guided:
             conditional, empty = logits.chunk(2)
             logits = empty + guidance * (conditional - empty)
-        noise = gumbel(B, N, cfg.codebook) if temperature > 0 else 0.0
-        choice = (logits + noise).argmax(-1)                          # a sample of the softmax    (B, N)
+        jitter = gumbel(B, N, cfg.codebook) if temperature > 0 else 0.0
+        choice = (logits + jitter).argmax(-1)                         # a sample of the softmax    (B, N)
         confidence = logits.gather(-1, choice[..., None])[..., 0] - logits.logsumexp(-1)
         ratio = (step + 1) / steps
         confidence = confidence + temperature * (1 - ratio) * gumbel(B, N)
@@ -1106,7 +1071,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
         h = model.trunk(x, positions, Layout(start[:, None], torch.full_like(start[:, None], L + i + 1)), caches, L + i)[:, 0]
     return [TEXT.decode(row) for row in torch.stack(out, 1).tolist()]
 
-# ==== 9. Training: one loop, the run folder =========================================================================
+# ==== 9. Training: one loop, the run folder =================================================================
 
 def schedule(step: int, steps: int) -> float:
     """Learning-rate factor: a short warm-up, constant, then linear to zero over the last half."""
@@ -1123,7 +1088,7 @@ def tokenizer_batch(cfg: Config, step: int, split: str = "tokenizer") -> Tensor:
     drawn = [name for name, proxy in PROXIES.items() if proxy.target not in (None, original, shuffled)]
     scenes = sample_scenes(cfg, split, step * 4096 + np.arange(cfg.tok_batch))
     r, half = render(cfg, scenes), cfg.tok_batch // 2
-    target = PROXIES[drawn[step % len(drawn)]].target(cfg, scenes.pick(slice(half, None)), r.pick(slice(half, None)))
+    target = PROXIES[drawn[step % len(drawn)]].target(cfg, pick(scenes, slice(half, None)), pick(r, slice(half, None)))
     return torch.cat([r.image[:half], target])
 
 class Run:
@@ -1233,11 +1198,11 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
     try:
         with ThreadPoolExecutor(1) as ahead, tqdm(total=steps, initial=start, desc=name.ljust(14), unit="step",
                                                   mininterval=1.0, dynamic_ncols=True) as bar:
-            pending = ahead.submit(make, start)
+            pending = None
             for step in range(start, steps):
-                batch = pending.result().to(device)
-                if step + 1 < steps:
-                    pending = ahead.submit(make, step + 1)            # the next batch is drawn meanwhile
+                batch = (pending.result() if pending else make(step)).to(device)
+                if device.type != "cpu" and step + 1 < steps:  # on a CPU two threads would fight for the cores
+                    pending = ahead.submit(make, step + 1)
                 for p in module.parameters():
                     p.grad = None
                 parts = step_losses(batch)
@@ -1266,7 +1231,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
         for s, handler in previous.items():
             signal.signal(s, handler)
 
-# ==== 10. Commands ==================================================================================================
+# ==== 10. Commands ==========================================================================================
 
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
     """The device to use, and why."""
@@ -1308,7 +1273,7 @@ def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
         with Image.open(path) as file:
             file.load()
             picture = ImageOps.exif_transpose(file)
-            if picture.mode in ("I", "I;16", "I;16B", "F"):          # 16 bits and more: scale the range that is used
+            if picture.mode in ("I", "I;16", "I;16B", "F"):   # 16 bits and more: scale the range that is used
                 values = np.asarray(picture, np.float64)
                 low, high = np.nanmin(values), np.nanmax(values)
                 picture = Image.fromarray(np.uint8(np.nan_to_num((values - low) / max(high - low, 1e-9)) * 255))
@@ -1333,8 +1298,7 @@ def train(cfg: Config, run: Run) -> None:
     run.open(cfg)
     device, why = choose_device(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    dtype = str(compute_dtype(device)).removeprefix("torch.")
-    print(f"{run.folder} on {device} ({why}), {dtype}, seed {cfg.seed}, torch {torch.__version__}")
+    print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
     block = compiled(Block.forward) if cfg.compile else Block.forward
     val = sample_scenes(cfg, "grid", np.arange(8))
     val_r = render(cfg, val)
@@ -1375,7 +1339,7 @@ def train(cfg: Config, run: Run) -> None:
         if not run.done(arm):
             model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
             samples = 0 if arm == "none" else max(1, round(cfg.ratio * cfg.arm_vqa))
-            first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0       # steps of the proxy alone
+            first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0  # steps of the proxy alone
 
             def make(step: int) -> Batch:
                 if step < first:
@@ -1409,7 +1373,7 @@ def load_run(run: Run, arm: str | None = None, device: str | torch.device = "cpu
     tokenizer = run.restore("tokenizer", VisionTokenizer(cfg)).to(device)
     return cfg, tokenizer, run.restore(arm, UnifiedModel(cfg)).to(device), arm
 
-def prompt_ids(cfg: Config, text: str, room: int) -> list[int]:
+def prompt_ids(text: str, room: int) -> list[int]:
     """A user's text as ids, lower-cased like the training text, with a word of warning about unknown words."""
     text = " ".join(text.lower().split())
     ids = TEXT.encode(text)
@@ -1432,52 +1396,45 @@ def save_picture(image: Image.Image, path: str) -> None:
 
 def use(args: argparse.Namespace, given: dict) -> None:
     """The three verbs on a trained run."""
-    run = find_run(args.run)
     proxy = args.proxy or "instance"
-    if args.segment is not None and (proxy not in PROXIES or PROXIES[proxy].target is None):
+    if proxy not in PROXIES or proxy == "none":
         raise UserError(f"there is no proxy {proxy!r} to draw; choose from {', '.join(n for n in PROXIES if n != 'none')}")
-    sampling = {"seed", "guidance", "sample_steps", "temperature", "device", "threads"}
-    if set(given) - sampling:
-        raise UserError(f"{flag(sorted(set(given) - sampling)[0])} changes training and has no effect on a trained run; "
-                        "leave it out, or train with --train")
-    wanted = dataclasses.replace(run.config(), **{"device": "auto", **given})
+    useless = sorted(set(given) - {"seed", "guidance", "sample_steps", "temperature", "device", "threads"})
+    if useless:
+        raise UserError(f"{flag(useless[0])} changes training and has no effect on a trained run; leave it out")
+    run = find_run(args.run)
+    wanted = dataclasses.replace(run.config(), **{"seed": 0, "device": "auto", **given})
     wanted.validate()
     device, _ = choose_device(wanted)
-    arm = proxy if args.segment is not None and not args.model else args.model
-    cfg, tokenizer, model, arm = load_run(run, arm, device)
-    said = f"{run.folder}, model {arm}"
-    seed = given.get("seed", 0)
-    if args.generate is not None:
-        ids = prompt_ids(cfg, args.generate, cfg.prompt_len - 1)
-        image = generate(model, tokenizer, [[Text.BOS] + ids], guidance=wanted.guidance, steps=wanted.sample_steps,
-                         temperature=wanted.temperature, seed=seed)[0]
-        scale = max(1, 256 // cfg.image_size)
-        save_picture(to_pil(image).resize((cfg.image_size * scale,) * 2, Image.NEAREST), args.out or "out.png")
-        print(f"wrote {args.out or 'out.png'} ({said})")
-    elif args.ask is not None:
+    cfg, tokenizer, model, arm = load_run(run, args.model or (proxy if args.segment else None), device)
+    draw = lambda ids, image=None, **kw: generate(model, tokenizer, [ids], image, steps=wanted.sample_steps,
+                                                  seed=wanted.seed, **kw)[0]
+    if args.ask is not None:
         image, _ = read_image(args.ask[0], cfg.image_size)
-        prompt_ids(cfg, args.ask[1], cfg.dialogue_len - 8)
-        question = " ".join(args.ask[1].lower().split()).rstrip("?. ") + "?"
-        print(answer(model, image.to(device), [question])[0])
+        prompt_ids(args.ask[1], cfg.dialogue_len - 8)
+        print(answer(model, image.to(device), [" ".join(args.ask[1].lower().split()).rstrip("?. ") + "?"])[0])
+        return
+    if args.generate is not None:
+        ids = [Text.BOS] + prompt_ids(args.generate, cfg.prompt_len - 1)
+        sheet = to_pil(draw(ids, guidance=wanted.guidance, temperature=wanted.temperature))
+        sheet = sheet.resize((max(256 // cfg.image_size, 1) * cfg.image_size,) * 2, Image.NEAREST)
+        out, found = args.out or "out.png", ""
     else:
         image, picture = read_image(args.segment, cfg.image_size)
-        scenes = sample_scenes(cfg, "val", np.arange(1))              # only for the choice of words of the prompt
+        scenes = sample_scenes(cfg, "val", np.arange(1))      # names the referent, for a proxy that needs one
         prompt = TEXT.encode(PROXIES[proxy].prompts[0].format(**referent(scenes, 0)._asdict()))
-        drawn = generate(model, tokenizer, [prompt], image.to(device), steps=wanted.sample_steps, seed=seed,
-                         temperature=given.get("temperature", 0.0))[0]
+        drawn = draw(prompt, image.to(device), temperature=given.get("temperature", 0.0))
         scale = max(1.0, 256 / max(picture.size))
-        size = (round(picture.width * scale), round(picture.height * scale))
-        sheet = Image.new("RGB", (size[0] * 2 + 4, size[1]), "white")
+        size = tuple(max(1, round(side * scale)) for side in picture.size)
+        sheet = Image.new("RGB", (size[0] * 2 + 4, size[1]), "white")  # the picture, and what was drawn of it
         sheet.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.BICUBIC), (0, 0))
         sheet.paste(to_pil(drawn).resize(size, Image.NEAREST), (size[0] + 4, 0))
-        out = args.out or f"{Path(args.segment).stem}.{proxy}.png"
-        save_picture(sheet, out)
-        found = ""
-        if PROXIES[proxy].target in (instance, shuffled):
+        out, found = args.out or f"{Path(args.segment).stem}.{proxy}.png", ""
+        if proxy == "instance":
             from eval import masks_of
-            n = len(masks_of(drawn[None], cfg.max_objects)[0])
-            found = f"{n} object{'' if n == 1 else 's'}; "
-        print(f"{found}wrote {out} ({said})")
+            found = f"{len(masks_of(drawn[None], cfg.max_objects)[0])} object(s); "
+    save_picture(sheet, out)
+    print(f"{found}wrote {out} ({run.folder}, model {arm})")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -1540,5 +1497,5 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 if __name__ == "__main__":
-    import sgt                        # eval.py imports this file as `sgt`: run that copy, so that there is only one
+    import sgt                  # eval.py imports this file as `sgt`: run that copy, so that there is only one
     sys.exit(sgt.main())

@@ -31,7 +31,7 @@ DRAWN = [name for name in PROXIES if name != "none"]
 def models(cfg=CFG, seed=0):
     torch.manual_seed(seed)
     tokenizer, model = sgt.VisionTokenizer(cfg), sgt.UnifiedModel(cfg)
-    for p in model.parameters():                  # heads and block outputs start at zero: give everything a say
+    for p in model.parameters():                # heads and block outputs start at zero: give everything a say
         p.data += 0.2 * torch.randn_like(p) * (p.std() + 0.05)
     return tokenizer.requires_grad_(False), model
 
@@ -47,7 +47,7 @@ def known(text):
 def thing(color, shape, x, y, size="big", index=0):
     return Thing(shape, color, size, x, y, {"small": 3.5, "big": 5.5}[size], index)
 
-# ---- config ----------------------------------------------------------------------------------------------------------
+# ---- config ------------------------------------------------------------------------------------------------
 
 def test_every_preset_is_valid_and_every_setting_has_a_help_text():
     """A preset that its own validation refuses; a field whose comment does not reach --help."""
@@ -66,7 +66,7 @@ def test_a_setting_that_cannot_work_is_refused_with_its_name(field, value, says)
     with pytest.raises(sgt.UserError, match=says):
         Config(**{**PRESETS["smoke"], field: value}).validate()
 
-# ---- scenes ----------------------------------------------------------------------------------------------------------
+# ---- scenes ------------------------------------------------------------------------------------------------
 
 def test_a_scene_depends_on_seed_split_and_index_alone():
     """Scenes that change with the batch they are drawn in; train and validation sharing scenes."""
@@ -107,11 +107,11 @@ def test_rendering_agrees_with_its_own_labels():
             assert mask.sum() >= 3
             color = r.image[b][:, mask].mean(1)
             assert (color - torch.tensor(sgt.COLORS[o.color])).abs().max() < 0.25
-    order = np.argsort(-scenes.y[:, 0])[:1]                  # a nearer object must not be farther than one above it
+    order = np.argsort(-scenes.y[:, 0])[:1]            # a nearer object must not be farther than one above it
     depths = [float(r.depth[b][r.instance[b] == m + 1].mean()) for b in order for m in range(int(scenes.count[b]))]
     assert depths == sorted(depths)
 
-# ---- language --------------------------------------------------------------------------------------------------------
+# ---- language ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text", ["is there a red circle?", "", "a  b ?", " x", "naïve Ångström, 日本 \n\t🙂", "?,.", "redcircle"])
 def test_text_survives_encoding_whatever_it_says(text):
@@ -186,7 +186,7 @@ def test_a_dialogue_supervises_answers_and_their_end_token_only():
             assert said.endswith("|") and "?" not in said
         assert sum(token == Text.END for token in ids) >= 4
 
-# ---- proxies ---------------------------------------------------------------------------------------------------------
+# ---- proxies -----------------------------------------------------------------------------------------------
 
 def test_all_prompts_have_six_tokens():
     """A proxy that gains or loses because its prompt is longer: one of the paper's confounds."""
@@ -238,7 +238,7 @@ def test_shuffled_targets_are_masks_of_other_images():
     r = sgt.render(CFG, scenes)
     assert torch.equal(sgt.shuffled(CFG, scenes, r)[1], sgt.instance(CFG, scenes, r)[0])
 
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("levels", ["8,5,5,5", "2,3,4", "8,8,8,5"])
 def test_every_code_survives_the_quantizer_even_in_bf16(levels):
@@ -280,7 +280,7 @@ def test_palette_colors_survive_a_trained_tokenizer_and_masks_come_back():
     assert (benchmark.nearest(drawn, palette) == benchmark.nearest(target, palette)).float().mean() > 0.99
     assert benchmark.panoptic_quality(benchmark.masks_of(drawn, CFG.max_objects), truth)["pq"] > 80
 
-# ---- attention and the model -----------------------------------------------------------------------------------------
+# ---- attention and the model -------------------------------------------------------------------------------
 
 def test_the_mask_of_packed_documents_is_the_one_of_the_paper():
     """Text that sees the future, a condition that sees the target, a document that sees its neighbour."""
@@ -303,15 +303,17 @@ def test_attention_agrees_with_float64_in_value_and_gradient_and_empty_rows_are_
     layout.hi[0, 3] = layout.lo[0, 3]
     inputs = [torch.randn(3, 2, 21, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     want, weights = kernels.attention_reference(*inputs, layout)
-    got = kernels.attention(*inputs, layout)
-    assert torch.allclose(got, want, atol=1e-12) and got[0, :, 3].abs().max() == 0
-    assert torch.allclose(weights.sum(-1)[1, 0], (layout.hi > layout.lo)[1].double())
+    assert torch.allclose(weights.sum(-1)[:, 0], (layout.hi > layout.lo).double()) and want[0, :, 3].abs().max() == 0
+    row = weights[1, 0, 7] * 0                               # the definition, by hand, for one row
+    lo, hi = int(layout.lo[1, 7]), int(layout.hi[1, 7])
+    row[lo:hi] = torch.softmax(inputs[0][1, 0, 7] @ inputs[1][1, 0, lo:hi].T / 8 ** 0.5, -1)
+    assert torch.allclose(weights[1, 0, 7], row)
     out = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, inputs, out), torch.autograd.grad(want, inputs, out)):
-        assert torch.allclose(a, b, atol=1e-12)
-    mask = layout.may_attend(21)
-    dense = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
-    assert torch.allclose(got[:, :, 4:], dense.nan_to_num(0)[:, :, 4:], atol=1e-12)
+    for path in (kernels.attention, kernels.attention_sdpa):
+        got = path(*inputs, layout)
+        assert torch.allclose(got, want, atol=1e-12) and got[0, :, 3].abs().max() == 0
+        for a, b in zip(torch.autograd.grad(got, inputs, out), torch.autograd.grad(want, inputs, out, retain_graph=True)):
+            assert torch.allclose(a, b, atol=1e-12)
 
 def test_what_a_row_may_not_see_does_not_change_it_by_a_bit(exact):
     """A leak: the target into the condition, the future into the past, one document into another, padding into anything."""
@@ -388,7 +390,7 @@ def test_muon_in_batches_is_muon_one_by_one():
     values = torch.linalg.svdvals(together.float())
     assert 0.5 < values.min() and values.max() < 1.5
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 def test_everything_is_masked_at_first_nothing_at_last_and_what_is_kept_stays():
     """An inverted schedule; tokens that change after they were fixed (mistakes seen in public MaskGIT code)."""
@@ -418,7 +420,7 @@ def test_the_cached_condition_gives_what_the_whole_sequence_gives(exact):
     batch = sgt.make_batch(CFG, "arm", 0, 2, 2, "instance", 2)
     x = model.embed_rows(batch.ids, batch.slots, model.see(batch.images), batch.patch_at)
     whole = model.trunk(x, batch.positions, kernels.Layout(batch.lo, batch.hi)).flatten(0, 1)
-    want = whole[batch.code_at].view(-1, CFG.tokens, CFG.width)[2:]                               # the proxy's targets
+    want = whole[batch.code_at].view(-1, CFG.tokens, CFG.width)[2:]                      # the proxy's targets
     texts = [batch.ids[3 + i, 64:70].tolist() for i in range(2)]
     _, caches, L, start = sgt.prefill(model, texts, batch.images[2:], CFG.tokens)
     rows = batch.code_at.view(-1, CFG.tokens)[2:]
@@ -444,7 +446,7 @@ def test_cached_answers_are_those_of_reading_everything_again(exact):
                 break
         assert TEXT.decode(ids[len(TEXT.encode(question)):]) == fast[i]
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 def test_an_interrupted_stage_resumes_to_the_same_bits(tmp_path):
     """State that is not saved: momentum, step, the place in the data, log lines written twice."""
@@ -474,7 +476,7 @@ def test_an_interrupted_stage_resumes_to_the_same_bits(tmp_path):
         assert not run.done("state")
     assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0]) and logs[0] == logs[1]
 
-# ---- benchmark -------------------------------------------------------------------------------------------------------
+# ---- benchmark ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("preset", ["tiny", "base"])
 def test_the_judge_parses_true_pictures_and_is_not_easily_pleased(preset):
@@ -501,7 +503,7 @@ def test_panoptic_quality_of_cases_worked_by_hand():
     assert quality(nothing, nothing)["pq"] == 100
     assert quality(pixel, pixel)["pq"] == 100 and quality(pixel, square)["miou"] == 100 / 16
     both = benchmark.panoptic_quality([torch.cat([part, pixel]), square], [square, nothing])
-    assert both["sq"] == 75 and math.isclose(both["rq"], 100 / (1 + 1))   # one match, two extra: 1 / (1 + ½ · 2)
+    assert both["sq"] == 75 and math.isclose(both["rq"], 100 / (1 + 1))  # one match, two extra: 1 / (1 + ½ · 2)
 
 def test_connected_parts_are_found_whatever_their_form():
     """A ring or a spiral split into pieces; diagonal neighbours torn apart."""
@@ -510,7 +512,7 @@ def test_connected_parts_are_found_whatever_their_form():
     assert len(benchmark.components(torch.eye(5).bool()[None]).unique()) == 2
     assert len(benchmark.components((torch.arange(25) % 2 == 0).view(1, 5, 5) & (torch.arange(5) % 2 == 0)).unique()) == 10
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 def command(*args, cwd, script="sgt.py"):
     return subprocess.run([sys.executable, str(HERE / script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
