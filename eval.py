@@ -235,7 +235,7 @@ def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
     per_kind, prompts, images = max(1, total // len(GENEVAL)), [], []
     need = Counter({kind: per_kind for kind in GENEVAL})
     for scenes in scene_stream(cfg, "val", overlap=0.0):          # like GenEval's pictures: objects lie apart
-        rendered = None
+        pictures = sgt.render(cfg, scenes).image
         for b in range(len(scenes)):
             objects = sgt.things(scenes, b)
             texts = sgt.captions(objects)
@@ -243,10 +243,9 @@ def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
             if kinds:
                 kind = max(kinds, key=lambda k: need[k])
                 need[kind] -= 1
-                rendered = rendered or sgt.render(cfg, scenes)
                 prompts.append(Prompt(kind, texts[kind], objects))
-                images.append(rendered.image[b])
-        if not +need or all(v <= 0 for v in need.values()):
+                images.append(pictures[b])
+        if not +need:
             return prompts, torch.stack(images)
 
 def score_pictures(cfg: Config, prompts: list[Prompt], images: Tensor) -> dict[str, float]:
@@ -370,7 +369,9 @@ def markdown(report: dict) -> str:
     return "\n".join(out)
 
 def compare(report: dict, arm: str) -> str:
-    """Differences to the SFT control in words, each with the standard error of two independent samples."""
+    """Differences to the SFT control in words. The standard errors are those of two independent samples: a little wide, as
+    both models answer the same questions.
+    """
     def one(part: str, key: str, n: int) -> str:
         a, b = report["models"][arm][part][key], report["models"]["none"][part][key]
         error = 100 * math.sqrt(sum(p * (1 - p) for p in (a / 100, b / 100)) / n)
@@ -385,7 +386,7 @@ def compare(report: dict, arm: str) -> str:
 def show(run: sgt.Run) -> str:
     try:
         return markdown(json.loads((run.folder / "report.json").read_text()))
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{run.folder} has no readable report.json ({e.__class__.__name__}); "
                         f"make one with: python eval.py {run.folder} --again") from None
 
@@ -398,18 +399,19 @@ def main(argv: list[str] | None = None) -> int:
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
         args = p.parse_args(argv)
         run = sgt.find_run(args.run)
-        cfg = run.config()
+        cfg = dataclasses.replace(run.config(), device=args.device)
+        cfg.validate()
         missing = [name for name in ["tokenizer", "base", *cfg.arms] if not run.done(name)]
         if missing:
             raise UserError(f"{run.folder} is not finished ({', '.join(missing)} missing); go on with: python sgt.py --train")
         if args.again or not (run.folder / "report.json").exists():
             with contextlib.redirect_stdout(sys.stderr):
-                evaluate(run, sgt.choose_device(dataclasses.replace(cfg, device=args.device))[0])
+                evaluate(run, sgt.choose_device(cfg)[0])
         text = show(run)
         print((run.folder / "report.json").read_text() if args.json else text)
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -44,7 +44,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tupl
     """The definition: softmax(q kᵀ / √D) over the allowed columns, times v.
 
     q (B, H, S, D); k, v (B, H, L, D); any dtype, float64 included. Returns the output (B, H, S, D) and the attention
-    weights (B, H, S, L), which eval.py looks at. Rows that may attend to nothing get zeros, not NaN.
+    weights (B, H, S, L). Rows that may attend to nothing get zeros, not NaN.
     """
     may = layout.may_attend(k.shape[2])
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                                    # (B, H, S, L)
@@ -178,17 +178,18 @@ CPU_BF16 = cpu_has_bf16()
 
 def compiled(function):
     """torch.compile with dynamic batch sizes, or the plain function, with one line of explanation, where that fails."""
-    state = {"run": torch.compile(function, dynamic=True), "tried": False}
+    chosen = None
 
     def run(*args):
-        if state["tried"]:
-            return state["run"](*args)
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*args)
         try:
-            out = state["run"](*args)
+            attempt = torch.compile(function, dynamic=True)
+            out = attempt(*args)
+            chosen = attempt
         except Exception as e:                 # no compiler, an unsupported platform: torch raises many kinds
-            print(f"not compiled ({e.__class__.__name__}: {str(e).strip().splitlines()[0][:100]}); running eagerly")
-            state["run"] = function
-            out = function(*args)
-        state["tried"] = True
+            print(f"not compiled ({' '.join(repr(e).split()):.120}); running eagerly")
+            out, chosen = function(*args), function
         return out
     return run

@@ -65,15 +65,15 @@ class Config:
     shapes: int = 6                   # how many of the 8 shapes appear
     colors: int = 6                   # how many of the 8 colors appear
     max_objects: int = 4              # objects in a scene: 1 to this many
-    lattice: int = 4                  # object centres lie on multiples of this many pixels; 0 = anywhere
-    texture: float = 0.1              # share of scenes with a textured background and of objects with stripes
+    lattice: int = 8                  # object centres lie on multiples of this many pixels; 0 = anywhere
+    texture: float = 0.05             # share of scenes with a textured background and of objects with stripes
     # the vision tokenizer
     patch: int = 4                    # pixels a side of one image token, in both paths
     fsq_levels: str = "8,8,8,5"       # levels of each quantized channel; their product is the codebook size
     tok_width: int = 128              # width of the tokenizer's transformer blocks
     tok_depth: int = 2                # transformer blocks in the decoder
     tok_reach: int = 1                # side of what the encoder sees around a patch, in patches
-    tok_steps: int = 700              # training steps
+    tok_steps: int = 500              # training steps
     tok_batch: int = 64               # images a step
     # the unified model
     width: int = 128                  # D, a multiple of head_dim
@@ -82,9 +82,9 @@ class Config:
     dialogue_len: int = 96            # text tokens beside an understood image
     prompt_len: int = 16              # text tokens before a generated image
     # training
-    base_steps: int = 1400            # steps of the base model
+    base_steps: int = 1300            # steps of the base model
     arm_steps: int = 300              # steps of every post-training arm
-    vqa_batch: int = 12               # base: understanding dialogues a step
+    vqa_batch: int = 16               # base: understanding dialogues a step
     t2i_batch: int = 24               # base: captioned images a step
     arm_vqa: int = 8                  # arms: understanding dialogues a step (replay, the same in every arm)
     arm_t2i: int = 16                 # arms: captioned images a step (replay, the same in every arm)
@@ -94,18 +94,19 @@ class Config:
     text_weight: float = 1.5          # weight of the text loss (the paper's)
     image_weight: float = 1.0         # weight of each image loss (the paper's)
     condition_drop: float = 0.1       # share of captions dropped, for guidance
-    lr: float = 0.025                 # Muon learning rate of the matrices, base and tokenizer
-    adam_lr: float = 0.012            # AdamW learning rate of embeddings and heads
-    arm_lr: float = 0.5               # arms: both learning rates times this
+    lr: float = 0.02                  # Muon learning rate of the matrices, base and tokenizer
+    adam_lr: float = 0.006            # AdamW learning rate of embeddings and heads
+    arm_lr: float = 0.3               # arms: both learning rates times this
     # sampling
-    sample_steps: int = 10            # parallel refinement steps of one image
-    guidance: float = 4.0             # guidance scale of generation; 1 = conditional only
-    temperature: float = 1.0  # randomness in the order of unmasking, annealed to zero; 0 = no randomness at all
+    sample_steps: int = 12            # parallel refinement steps of one image
+    guidance: float = 2.0             # guidance scale of generation; 1 = conditional only
+    token_temperature: float = 0.8    # randomness of the tokens that are drawn
+    temperature: float = 6.0          # randomness in the order of unmasking, annealed to zero; 0 = no randomness at all
     # evaluation and bookkeeping
     eval_questions: int = 2000        # questions asked after training, spread evenly over the kinds
-    eval_prompts: int = 300           # pictures drawn after training, spread evenly over the kinds
-    eval_masks: int = 200             # scenes segmented after training
-    sample_every: int = 700           # steps between sample grids
+    eval_prompts: int = 240           # pictures drawn after training, spread evenly over the kinds
+    eval_masks: int = 100             # scenes segmented after training
+    sample_every: int = 500           # steps between sample grids
     save_every: int = 300             # steps between checkpoints
     compile: bool = True           # compile the transformer block; --no-compile starts sooner and runs slower
     device: str = "auto"              # auto, cpu, cuda or mps
@@ -123,32 +124,34 @@ class Config:
     def validate(self) -> None:
         """Refuse what cannot work, before anything is written."""
         size, patch = self.image_size, self.patch
-        whole = max(16, round(size / max(2, patch)) * max(2, patch))
         rules = [
-            (patch >= 2 and size >= 16 and size % patch == 0,
-             f"image_size={size} is not at least 16 and divisible by patch={patch}", f"try --image-size {whole} --patch 4"),
+            (patch >= 2 and size >= 16 and size % patch == 0 == size % 4,
+             f"image_size={size} is not at least 16 and divisible by 4 and by patch={patch}",
+             f"try --image-size {max(16, 4 * round(size / 4))} --patch 4"),
             (re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) and min(self.levels) > 1 and self.codebook <= 65536,
              f"fsq_levels={self.fsq_levels!r} is no list of levels above 1 with a product up to 65536", "try 8,5,5,5"),
             (min(self.width, self.head_dim) > 0 and self.width % self.head_dim == 0 == self.head_dim % 4,
              f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width that is a "
              "multiple of head_dim, and head_dim of 4", "try --width 128 --head-dim 32"),
             (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
-            (min(self.depth, self.tok_depth) >= 1, "depth and tok_depth count blocks", "give at least 1"),
-            (2 <= self.shapes <= 8 and 2 <= self.colors <= 8 and 1 <= self.max_objects <= 6,
-             f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}", "choose 2-8, 2-8 and 1-6"),
-            (0 <= self.lattice <= size // 8, f"lattice={self.lattice}", f"choose 0 to {size // 8} at this image size"),
+            (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and self.threads >= 0,
+             "depth, tok_depth and tok_reach must be at least 1, threads at least 0", "change them"),
+            (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= 4,
+             f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}", "choose 3-8, 3-8 and 2-4"),
+            (0 <= self.lattice <= size // 4, f"lattice={self.lattice}", f"choose 0 to {size // 4} at this image size"),
             (self.prompt_len >= 16 and self.dialogue_len >= 64, f"prompt_len={self.prompt_len}, dialogue_len="
              f"{self.dialogue_len} do not hold the texts of the scenes", "give at least 16 and 64"),
             (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2 and self.t2i_batch % 2 == 0
              == self.arm_t2i % 2, "vqa and t2i batches must be at least 2, and those of t2i even", "change them"),
             (0 <= self.condition_drop < 1 and 0 <= self.texture <= 1, "condition_drop and texture are shares",
              "give numbers in [0, 1)"),
-            (0 <= self.ratio <= 100 and self.guidance >= 0 and self.temperature >= 0 and self.seed >= 0,
-             "ratio, guidance, temperature and seed must not be negative", "give 0 or more"),
+            (0 <= self.ratio <= 100 and min(self.guidance, self.temperature, self.token_temperature, self.text_weight, self.image_weight) >= 0
+             and 0 <= self.seed < 2 ** 32, "ratio, guidance, temperature, the weights and seed must not be negative (or huge)",
+             "give 0 or more"),
             (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r}", "choose mixed or sequential"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r}",
              f"name each once, of {', '.join(PROXIES)}, or give all"),
-            (re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device), f"device={self.device!r}", "choose auto, cpu, cuda or mps"),
+            (re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", self.device), f"device={self.device!r}", "choose auto, cpu, cuda or mps"),
         ]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -249,15 +252,15 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
     u = uniforms(cfg.seed, split, index, 16 + M * draws)
     scene_u, object_u = u[:, :16], u[:, 16:].reshape(B, M, draws)
     count = 1 + (scene_u[:, 0] ** 0.7 * M).astype(np.int64)
-    shape, color = (object_u[..., 0] * cfg.shapes).astype(np.int64), (object_u[..., 1] * cfg.colors).astype(np.int64)
+    shape, color = ((object_u[..., i] * n).astype(np.int64) for i, n in enumerate((cfg.shapes, cfg.colors)))
     # a third of the scenes repeat one kind of object, so that there is something to count
     repeats_shape, repeats_color = scene_u[:, 1] < 0.35, (scene_u[:, 1] < 0.2) | (scene_u[:, 1] > 0.9)
     shape = np.where(repeats_shape[:, None], shape[:, :1], shape)
     color = np.where(repeats_color[:, None], color[:, :1], color)
-    size = (object_u[..., 2] < 0.5).astype(np.int64)
+    # the overlapping pair is big, and of two colors: two touching objects of one color would be one blob
+    overlaps = (scene_u[:, 2] < overlap) & (count > 1) & (color[:, 0] != color[:, min(1, M - 1)])
+    size = ((object_u[..., 2] < 0.5) | (overlaps[:, None] & (np.arange(M) < 2))).astype(np.int64)
     radius = np.array(RADII)[size] * P
-    overlaps = (scene_u[:, 2] < overlap) & (count > 1)
-    overlaps &= color[:, 0] != color[:, min(1, M - 1)]        # two touching objects of one color are one blob
     step = cfg.lattice or 1e-3
     low = np.ceil((radius + 0.5) / step) * step                                                   # (B, M)
     slots = np.floor((P - 2 * low) / step + 1e-6) + 1
@@ -289,36 +292,40 @@ class Rendered:
     """What the renderer knows about a batch of scenes."""
     image: Tensor                     # (B, 3, P, P) in [0, 1]
     instance: Tensor                 # (B, P, P) int64: 0 background, 1 + index of the object that is in front
+    category: Tensor                  # (B, P, P) int64: 0 background, 1 + index into SHAPES
     depth: Tensor                     # (B, P, P) in [0, 1], 1 = near
 
 def pick(batch: Scenes | Rendered, index: slice) -> Scenes | Rendered:
     return type(batch)(*(value[index] for value in vars(batch).values()))
 
-def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.device = "cpu") -> Rendered:
+def per_object(values: np.ndarray) -> Tensor:
+    """(B, M) numbers of objects → (B, 1 + M) for indexing with an instance map; the background gets 0."""
+    return F.pad(torch.as_tensor(values), (1, 0))
+
+def render(cfg: Config, scenes: Scenes, shift: float = 0.0) -> Rendered:
     """Paint scenes back to front with smooth edges. `shift` moves the camera sideways by up to that many pixels for the
     nearest objects (parallax).
     """
     B, M, P = len(scenes), scenes.shape.shape[1], cfg.image_size
-    put = lambda a: torch.as_tensor(a, dtype=torch.float32, device=device)
-    pixel = torch.arange(P, device=device, dtype=torch.float32) + 0.5                             # (P,)
+    put = lambda a: torch.as_tensor(a, dtype=torch.float32)
+    pixel = torch.arange(P) + 0.5                             # (P,)
     nearness = put(scenes.y) / P                                                                  # (B, M)
     cx, cy, radius = put(scenes.x) - shift * nearness, put(scenes.y), put(scenes.radius)
     dx = (pixel - cx[..., None]) / radius[..., None]                                              # (B, M, P)
     dy = (pixel - cy[..., None]) / radius[..., None]
-    cover = torch.zeros(B, M, P, P, device=device)
+    cover = torch.zeros(B, M, P, P)
     exists = torch.arange(M) < torch.as_tensor(scenes.count)[:, None]                             # (B, M)
     for s in range(cfg.shapes):
         b, m = torch.nonzero((torch.as_tensor(scenes.shape) == s) & exists, as_tuple=True)
         if len(b):
-            b, m = b.to(device), m.to(device)
             distance = SHAPES[SHAPE_NAMES[s]](dx[b, m][:, None, :], dy[b, m][:, :, None])          # (n, P, P)
             cover[b, m] = (0.5 - distance * radius[b, m][:, None, None]).clamp(0, 1)
     amplitude = put(scenes.texture)
     diagonal = torch.sin((pixel[:, None] + pixel[None, :]) * (2 * math.pi / 4))                   # (P, P)
-    backgrounds = put(BACKGROUNDS)[torch.as_tensor(scenes.background, device=device)]             # (B, 3)
+    backgrounds = put(BACKGROUNDS)[torch.as_tensor(scenes.background)]             # (B, 3)
     image = backgrounds[:, :, None, None] + (amplitude[:, :1, None] * diagonal)[:, None]        # (B, 3, P, P)
-    colors = put(list(COLORS.values()))[torch.as_tensor(scenes.color, device=device)]             # (B, M, 3)
-    instance = torch.zeros(B, P, P, dtype=torch.int64, device=device)
+    colors = put(list(COLORS.values()))[torch.as_tensor(scenes.color)]             # (B, M, 3)
+    instance = torch.zeros(B, P, P, dtype=torch.int64)
     depth = (0.3 * pixel / P)[None, :, None].expand(B, P, P).clone()
     for m in range(M):
         a = cover[:, m, None]                                                                   # (B, 1, P, P)
@@ -327,7 +334,8 @@ def render(cfg: Config, scenes: Scenes, shift: float = 0.0, device: str | torch.
         front = cover[:, m] > 0.5                                                                 # (B, P, P)
         instance = torch.where(front, m + 1, instance)
         depth = torch.where(front, (0.3 + 0.6 * nearness[:, m] + 0.02 * m)[:, None, None], depth)
-    return Rendered(image.clamp(0, 1), instance, depth)
+    category = per_object(scenes.shape + 1).gather(1, instance.flatten(1)).view_as(instance)
+    return Rendered(image.clamp(0, 1), instance, category, depth)
 
 # ==== 3. Language: words, captions, questions ===============================================================
 
@@ -377,6 +385,11 @@ def unique(objects: list[Thing]) -> list[Thing]:
     """Objects that 'the COLOR SHAPE' picks out without doubt."""
     names = [(o.color, o.shape) for o in objects]
     return [o for o in objects if names.count((o.color, o.shape)) == 1]
+
+def refer(o: Thing, objects: list[Thing], rng: random.Random) -> str:
+    """Words that pick out an object of `unique`: its color or its shape, where that is enough, or both."""
+    alone = lambda key: sum(getattr(p, key) == getattr(o, key) for p in objects) == 1
+    return rng.choice([f"{o.color} object"] * alone("color") + [o.shape] * alone("shape") + [f"{o.color} {o.shape}"])
 
 def where(o: Thing, P: int) -> str:
     return (f"{('top', 'middle', 'bottom')[min(2, int(o.y * 3 / P))]} "
@@ -448,13 +461,12 @@ def ask_existence(objects, rng, cfg):
     if rng.random() < 0.5:
         color, shape = rng.choice(sorted(present))
         return f"is there a {color} {shape}?", "yes"
-    # hard negatives first: a color and a shape that are both there, but not together
-    absent = sorted({(o.color, p.shape) for o in objects for p in objects} - present)
+    # hard negatives: mostly a color and a shape that are both there, but not together; else one that is there
+    absent = {(o.color, p.shape) for o in objects for p in objects} - present
     if not absent or rng.random() < 0.3:
-        half = rng.choice(objects)
-        absent = [(half.color, s) for s in SHAPE_NAMES[:cfg.shapes]] + [(c, half.shape) for c in COLOR_NAMES[:cfg.colors]]
-        absent = [pair for pair in absent if pair not in present]
-    color, shape = rng.choice(absent)
+        o = rng.choice(objects)
+        absent = {(o.color, s) for s in SHAPE_NAMES[:cfg.shapes]} | {(c, o.shape) for c in COLOR_NAMES[:cfg.colors]}
+    color, shape = rng.choice(sorted(absent - present))
     return f"is there a {color} {shape}?", "no"
 
 def ask_counting(objects, rng, cfg):
@@ -472,33 +484,32 @@ def ask_shape(objects, rng, cfg):
     return rng.choice(options) if options else None
 
 def pairs(objects: list[Thing], rng: random.Random):
-    """Two different objects that both have an unmistakable name, in random order."""
+    """Two different objects that can be told apart in words, and these words, in random order."""
     found = [(a, b) for a in unique(objects) for b in unique(objects) if a is not b]
     rng.shuffle(found)
-    return found
+    for a, b in found:
+        yield a, b, refer(a, objects, rng), refer(b, objects, rng)
 
 def ask_relation(objects, rng, cfg):
-    for a, b in pairs(objects, rng):
+    for a, b, name_a, name_b in pairs(objects, rng):
         if relation(a, b):
-            return f"where is the {a.color} {a.shape} from the {b.color} {b.shape}?", relation(a, b).split()[0]
+            return f"where is the {name_a} from the {name_b}?", relation(a, b).split()[0]
 
 def ask_location(objects, rng, cfg):
-    options = unique(objects)
-    o = rng.choice(options) if options else None
-    return (f"where is the {o.color} {o.shape}?", where(o, cfg.image_size)) if o else None
+    for o in rng.sample(unique(objects), len(unique(objects))):
+        return f"where is the {refer(o, objects, rng)}?", where(o, cfg.image_size)
 
 def ask_size(objects, rng, cfg):
-    for a, b in pairs(objects, rng):
+    for a, b, name_a, name_b in pairs(objects, rng):
         if a.size != b.size:
             word = rng.choice(["bigger", "smaller"])
-            o = a if (a.size == "big") == (word == "bigger") else b
-            return f"what is {word}, the {a.color} {a.shape} or the {b.color} {b.shape}?", f"{o.color} {o.shape}"
+            answer = name_a if (a.size == "big") == (word == "bigger") else name_b
+            return f"what is {word}, the {name_a} or the {name_b}?", answer
 
 def ask_occlusion(objects, rng, cfg):
-    for a, b in pairs(objects, rng):
-        if max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius):
-            o = a if a.index > b.index else b                               # objects are listed back to front
-            return f"what is in front, the {a.color} {a.shape} or the {b.color} {b.shape}?", f"{o.color} {o.shape}"
+    for a, b, name_a, name_b in pairs(objects, rng):
+        if max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius):      # objects are listed back to front
+            return f"what is in front, the {name_a} or the {name_b}?", name_a if a.index > b.index else name_b
 
 def ask_compare(objects, rng, cfg):
     sets = [category(objects, rng, cfg) for _ in range(5)]
@@ -532,11 +543,13 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     last = ("list the objects.", describe(objects, cfg.image_size))
     tokens = lambda question, answer: (TEXT.encode(question), TEXT.encode(answer) + [Text.END])
     budget -= sum(map(len, tokens(*last)))
-    kinds = list(QUESTIONS) * 2
+    # questions that look something up are learned far more slowly than those that count: ask more of them
+    kinds = [kind for kind in QUESTIONS for _ in range(1 if kind in ("counting", "compare", "arithmetic") else 2)]
     rng.shuffle(kinds)
     for kind in kinds:
         question, answer = QUESTIONS[kind][1](objects, rng, cfg) or ("", "")
         words = question.rstrip("?").split()
+        # the color and shape that this turn gives away
         named = {"existence": words[-2:], "color": [answer, *words[-1:]], "shape": words[4:5] + [answer]}.get(kind)
         size = sum(map(len, tokens(question, answer)))
         if question and size <= budget and not (named and " ".join(named) in told) and question not in told:
@@ -560,10 +573,6 @@ def paint(ids: Tensor, lut: Tensor) -> Tensor:
     flat = lut.gather(1, ids.reshape(B, -1, 1).expand(-1, -1, 3))                                # (B, P·P, 3)
     return flat.reshape(B, P, P, 3).permute(0, 3, 1, 2)
 
-def per_object(scenes: Scenes, values: np.ndarray, like: Tensor) -> Tensor:
-    """(B, M) numbers of objects → (B, 1 + M) for indexing with an instance map; the background gets 0."""
-    return F.pad(torch.as_tensor(values, device=like.device), (1, 0))
-
 def instance_rank(cfg: Config, scenes: Scenes) -> np.ndarray:
     """1, 2, … for the objects of a scene from top to bottom (in quarters) and left to right; (B, M)."""
     exists = np.arange(scenes.shape.shape[1]) < scenes.count[:, None]
@@ -571,15 +580,15 @@ def instance_rank(cfg: Config, scenes: Scenes) -> np.ndarray:
     return key.argsort(1).argsort(1) + 1
 
 def instance(cfg, scenes, r):
-    return paint(r.instance, PALETTE.to(r.image.device)[per_object(scenes, instance_rank(cfg, scenes), r.image)])
+    return paint(r.instance, PALETTE[per_object(instance_rank(cfg, scenes))])
 
 def semantic(cfg, scenes, r):
-    return paint(r.instance, PALETTE.to(r.image.device)[per_object(scenes, scenes.shape + 1, r.image)])
+    return paint(r.category, PALETTE.expand(len(scenes), -1, -1))
 
 def panoptic(cfg, scenes, r):
     """The class is the hue, the instance the shade; the background is stuff, not nothing."""
-    shade = per_object(scenes, 1.15 - 0.2 * instance_rank(cfg, scenes).clip(max=5), r.image).float()
-    colors = PALETTE.to(r.image.device)[per_object(scenes, scenes.shape + 1, r.image)] * shade[..., None]
+    shade = per_object(1.15 - 0.2 * instance_rank(cfg, scenes).clip(max=5)).float()
+    colors = PALETTE[per_object(scenes.shape + 1)] * shade[..., None]
     colors[:, 0] = 0.5
     return paint(r.instance, colors.clamp(0, 1))
 
@@ -591,7 +600,7 @@ def referring(cfg, scenes, r):
     chosen = [referent(scenes, b) for b in range(len(scenes))]
     match = ((scenes.shape == np.array([[SHAPE_NAMES.index(o.shape)] for o in chosen]))
              & (scenes.color == np.array([[COLOR_NAMES.index(o.color)] for o in chosen])))
-    return paint(r.instance, PALETTE.to(r.image.device)[8 * per_object(scenes, match.astype(np.int64), r.image)])
+    return paint(r.instance, PALETTE[8 * per_object(match.astype(np.int64))])        # 8: white
 
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
@@ -602,13 +611,13 @@ def boxes(cfg, scenes, r):
             top, bottom, left, right = rows.min(), rows.max(), cols.min(), cols.max()
             ids[b, [top, bottom], left:right + 1] = m + 1
             ids[b, top:bottom + 1, [left, right]] = m + 1
-    return paint(ids, PALETTE.to(ids.device)[per_object(scenes, instance_rank(cfg, scenes), ids)])
+    return paint(ids, PALETTE[per_object(instance_rank(cfg, scenes))])
 
 def depth(cfg, scenes, r):
     return r.depth[:, None].expand(-1, 3, -1, -1)
 
 def novel_view(cfg, scenes, r):
-    return render(cfg, scenes, shift=cfg.image_size / 6, device=r.image.device).image
+    return render(cfg, scenes, shift=cfg.image_size / 6).image
 
 def edges(cfg, scenes, r):
     gray = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
@@ -623,7 +632,7 @@ def shuffled(cfg, scenes, r):
 
 # What restoration proxies do to the image that the model sees; (image, generator) → image.
 def noise(x: Tensor, g: torch.Generator) -> Tensor:
-    return x + 0.15 * torch.randn(x.shape, generator=g).to(x.device)
+    return x + 0.15 * torch.randn(x.shape, generator=g)
 
 def blur(x: Tensor, g: torch.Generator) -> Tensor:
     k = 2 * max(1, x.shape[-1] // 24) + 1
@@ -633,17 +642,17 @@ def shrink(x: Tensor, g: torch.Generator) -> Tensor:
     return F.avg_pool2d(x, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 def darken(x: Tensor, g: torch.Generator) -> Tensor:
-    return 0.2 * x + 0.02 * torch.randn(x.shape, generator=g).to(x.device)
+    return 0.2 * x + 0.02 * torch.randn(x.shape, generator=g)
 
 def rain(x: Tensor, g: torch.Generator) -> Tensor:
-    drops = (torch.rand(x.shape[0], 1, *x.shape[2:], generator=g) < 0.02).float().to(x.device)
+    drops = (torch.rand(x.shape[0], 1, *x.shape[2:], generator=g) < 0.02).float()
     streaks = sum(drops.roll((i, -(i // 2)), (2, 3)) for i in range(x.shape[-1] // 8))
     return x + 0.5 * streaks.clamp(0, 1)
 
 def hole(x: Tensor, g: torch.Generator) -> Tensor:
     P = x.shape[-1]
-    corner = torch.rand(x.shape[0], 2, generator=g).mul(P / 2).long().to(x.device)
-    line = torch.arange(P, device=x.device)
+    corner = torch.rand(x.shape[0], 2, generator=g).mul(P / 2).long()
+    line = torch.arange(P)
     inside = (line >= corner[..., None]) & (line < corner[..., None] + P // 2)                    # (B, 2, P)
     return torch.where((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.5, x)
 
@@ -752,9 +761,8 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, P, P) in [0, 1] → (B, N, D)."""
         p, k = self.patch, self.reach * self.patch
-        windows = F.unfold(F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate"), k, stride=p)
-        windows = windows[..., :(image.shape[-1] // p) ** 2].transpose(1, 2)                    # (B, N, 3·k²)
-        x = linear(F.gelu(linear(windows, self.stem_in)), self.stem_out)
+        windows = F.unfold(F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate"), k, stride=p)   # (B, 3·k², N)
+        x = linear(F.gelu(linear(windows.transpose(1, 2), self.stem_in)), self.stem_out)
         for up, down in zip(self.up, self.down):
             x = x + linear(F.relu(linear(norm(x), up)).square(), down)
         return norm(x)
@@ -888,7 +896,7 @@ class Batch:
     captioned: int                    # how many targets belong to captions
 
     def to(self, device) -> "Batch":
-        move = lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+        move = lambda v: v.to(device) if isinstance(v, Tensor) else v
         return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 class Rows:
@@ -940,7 +948,6 @@ def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: st
     images, targets = [render(cfg, scenes).image], [render(cfg, captioned).image]
     for b in range(vqa):
         rows.add(b, 0, *dialogue(cfg, things(scenes, b), word_rng(scenes, b), S - N), patches=True)
-    end = 0
     for i in range(t2i):
         rng = word_rng(captioned, i)
         prompt = rng.choice(list(captions(things(captioned, i)).values()))
@@ -1021,7 +1028,7 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     R = len(rows)
     positions = grid_positions(cfg.grid).to(device).float().expand(R, N, 2)
     slots = (1 + N + torch.arange(N, device=device)).expand(R, N)
-    lo = start[:, None].expand(R, N).contiguous()
+    lo = start[:, None].expand(R, N)
     layout = Layout(lo, torch.full_like(lo, L + N))
     ids = torch.full((B, N), model.mask_id, device=device)
     g = torch.Generator(device).manual_seed(seed)
@@ -1035,7 +1042,7 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
         if guided:
             conditional, empty = logits.chunk(2)
             logits = empty + guidance * (conditional - empty)
-        jitter = gumbel(B, N, cfg.codebook) if temperature > 0 else 0.0
+        jitter = cfg.token_temperature * gumbel(B, N, cfg.codebook) if temperature > 0 else 0.0
         choice = (logits + jitter).argmax(-1)                         # a sample of the softmax    (B, N)
         confidence = logits.gather(-1, choice[..., None])[..., 0] - logits.logsumexp(-1)
         ratio = (step + 1) / steps
@@ -1073,7 +1080,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
 
 # ==== 9. Training: one loop, the run folder =================================================================
 
-def schedule(step: int, steps: int) -> float:
+def rate_factor(step: int, steps: int) -> float:
     """Learning-rate factor: a short warm-up, constant, then linear to zero over the last half."""
     return min(1.0, (step + 1) / min(20, steps), 2 * (steps - step) / steps)
 
@@ -1126,10 +1133,10 @@ class Run:
     def config(self) -> Config:
         try:
             cfg = Config(**json.loads((self.folder / "config.json").read_text()))
-        except (OSError, ValueError, TypeError) as e:      # not there, not JSON, settings of another version
+            cfg.validate()
+        except (OSError, ValueError, TypeError, AttributeError) as e:  # not there, not JSON, of another version
             raise UserError(f"{self.folder} holds no readable run (config.json: {e.__class__.__name__}); "
                             "train one with --train, or name one with --run") from None
-        cfg.validate()
         return cfg
 
     def done(self, name: str) -> bool:
@@ -1175,7 +1182,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
     `step_losses(batch)` returns named losses; `rate` scales the learning rates; `sample(step)` draws the grid.
     """
     device = next(module.parameters()).device
-    weights = {"mse": 4.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
+    weights = {"mse": 1.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
     optimizer, start = Optimizer(module, rate * cfg.lr, rate * cfg.adam_lr), 0
     state, meta = run.load("state") if run.done("state") else ({}, {})
     if meta.get("stage") == name:
@@ -1190,10 +1197,10 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
         tensors.update({f"optimizer.{k}": v for k, v in optimizer.state().items()})
         run.save("state", tensors, stage=name, step=step)
 
-    stopped: list[int] = []
-    previous = {s: signal.signal(s, lambda number, frame: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     if start == 0:
         sample(0)
+    stopped: list[int] = []
+    previous = {s: signal.signal(s, lambda number, frame: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     began, log = time.perf_counter(), open(run.folder / "log.jsonl", "a", buffering=1)
     try:
         with ThreadPoolExecutor(1) as ahead, tqdm(total=steps, initial=start, desc=name.ljust(14), unit="step",
@@ -1207,29 +1214,30 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
                     p.grad = None
                 parts = step_losses(batch)
                 sum(weights[k] * v for k, v in parts.items()).backward()
-                optimizer.step(schedule(step, steps))
+                optimizer.step(rate_factor(step, steps))
                 bar.update()
-                if step % 10 == 0 or step == steps - 1:
+                if step % 10 == 0 or step == steps - 1 or (step + 1) % cfg.save_every == 0:
                     values = {k: v.item() for k, v in parts.items()}
                     if not all(map(math.isfinite, values.values())):
-                        raise UserError(f"the loss of stage {name} became {values} at step {step}; try a lower --lr")
+                        raise UserError(f"the loss of stage {name} became {values} at step {step}; try a lower --lr, "
+                                        "in another --run")
                     bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()})
                     log.write(json.dumps({"stage": name, "step": step, **values,
                                           "seconds": round(time.perf_counter() - began, 2)}) + "\n")
-                if stopped:
-                    checkpoint(step + 1)
-                    raise Interrupted(128 + stopped[0])
-                if (step + 1) % cfg.sample_every == 0 and step + 1 < steps:
+                if (step + 1) % cfg.sample_every == 0 or step + 1 == steps:
                     sample(step + 1)
-                if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+                if step + 1 < steps and (stopped or (step + 1) % cfg.save_every == 0):
                     checkpoint(step + 1)
+                    if stopped:
+                        raise Interrupted(128 + stopped[0])
         run.save(name, module.state_dict(), stage=name, steps=steps)
         (run.folder / "state.safetensors").unlink(missing_ok=True)
-        sample(steps)
     finally:
         log.close()
         for s, handler in previous.items():
             signal.signal(s, handler)
+    if stopped:
+        raise Interrupted(128 + stopped[0])
 
 # ==== 10. Commands ==========================================================================================
 
@@ -1271,7 +1279,6 @@ def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
     """Any picture a person has, upright and in RGB: squeezed to (1, 3, size, size) in [0, 1], and as it was."""
     try:
         with Image.open(path) as file:
-            file.load()
             picture = ImageOps.exif_transpose(file)
             if picture.mode in ("I", "I;16", "I;16B", "F"):   # 16 bits and more: scale the range that is used
                 values = np.asarray(picture, np.float64)
@@ -1295,11 +1302,11 @@ GRID_PROMPTS = ["a red circle", "a square", "two blue circles", "three yellow ri
 def train(cfg: Config, run: Run) -> None:
     """Every stage in order, each skipped if its weights are there: tokenizer, base, the arms, the report."""
     from eval import evaluate, show
-    run.open(cfg)
     device, why = choose_device(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    run.open(cfg)
     print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
-    block = compiled(Block.forward) if cfg.compile else Block.forward
+    block = compiled(Block.forward) if cfg.compile and device.type != "mps" else Block.forward
     val = sample_scenes(cfg, "grid", np.arange(8))
     val_r = render(cfg, val)
     seen = val_r.image.to(device)
@@ -1317,8 +1324,8 @@ def train(cfg: Config, run: Run) -> None:
             [("image", seen, None), ("round trip", trip(seen), None), ("masks", masks, None), ("round trip", trip(masks), None)]))
 
     def sample_model(model: UnifiedModel, name: str, step: int) -> None:
-        asked = ["where is the {1} {0}?".format(*things(val, b)[0]) for b in range(len(val))]
-        said = [f"{q[13:]} {a}" for q, a in zip(asked, answer(model, seen, asked, 4))]
+        asked = ["where is the {0.color} {0.shape}?".format(things(val, b)[0]) for b in range(len(val))]
+        said = [q.removeprefix("where is the ") + " " + a for q, a in zip(asked, answer(model, seen, asked, 4))]
         drawn = generate(model, tokenizer, [[Text.BOS] + TEXT.encode(p) for p in GRID_PROMPTS], guidance=cfg.guidance)
         rows = [("text to image", drawn, GRID_PROMPTS), ("image", seen, said)]
         if name in PROXIES and name != "none":
@@ -1338,7 +1345,7 @@ def train(cfg: Config, run: Run) -> None:
     for arm in cfg.arms:
         if not run.done(arm):
             model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
-            samples = 0 if arm == "none" else max(1, round(cfg.ratio * cfg.arm_vqa))
+            samples = 0 if arm == "none" else max(int(cfg.ratio > 0), round(cfg.ratio * cfg.arm_vqa))
             first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0  # steps of the proxy alone
 
             def make(step: int) -> Batch:
@@ -1355,7 +1362,7 @@ def train(cfg: Config, run: Run) -> None:
 def find_run(name: str | None) -> Run:
     """A run by folder or by name under runs/; without a name the newest."""
     if name:
-        return Run(Path(name) if (Path(name) / "config.json").exists() or os.sep in name else Path("runs") / name)
+        return Run(Path(name) if (Path(name) / "config.json").exists() or Path(name).name != name else Path("runs") / name)
     found = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise UserError("there is no run under runs/; train one with: python sgt.py --train")
@@ -1391,7 +1398,7 @@ def save_picture(image: Image.Image, path: str) -> None:
         out = io.BytesIO()
         image.save(out, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
         Run(Path(path).parent).write(Path(path).name, out.getvalue())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, KeyError) as e:
         raise UserError(f"cannot write {path} ({e}); choose another --out") from None
 
 def use(args: argparse.Namespace, given: dict) -> None:
@@ -1405,14 +1412,15 @@ def use(args: argparse.Namespace, given: dict) -> None:
     run = find_run(args.run)
     wanted = dataclasses.replace(run.config(), **{"seed": 0, "device": "auto", **given})
     wanted.validate()
+    torch.set_num_threads(wanted.threads or torch.get_num_threads())
     device, _ = choose_device(wanted)
     cfg, tokenizer, model, arm = load_run(run, args.model or (proxy if args.segment else None), device)
     draw = lambda ids, image=None, **kw: generate(model, tokenizer, [ids], image, steps=wanted.sample_steps,
                                                   seed=wanted.seed, **kw)[0]
     if args.ask is not None:
         image, _ = read_image(args.ask[0], cfg.image_size)
-        prompt_ids(args.ask[1], cfg.dialogue_len - 8)
-        print(answer(model, image.to(device), [" ".join(args.ask[1].lower().split()).rstrip("?. ") + "?"])[0])
+        text = TEXT.decode(prompt_ids(args.ask[1], cfg.dialogue_len - 8))
+        print(answer(model, image.to(device), [text if text[-1] in "?." else text + "?"], limit=60)[0])
         return
     if args.generate is not None:
         ids = [Text.BOS] + prompt_ids(args.generate, cfg.prompt_len - 1)
@@ -1441,8 +1449,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 def parser() -> Parser:
-    p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     say = dict(default=None, metavar="TEXT")
     p.add_argument("--train", action="store_true", help="train and compare, or resume")
     p.add_argument("--generate", help="draw a picture of a text", **say)
@@ -1487,8 +1494,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             use(args, given)
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as e:        # a full disk or device is no bug either
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except Interrupted as e:
         print("stopped and saved; the same command goes on from here", file=sys.stderr)

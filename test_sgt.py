@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def test_every_preset_is_valid_and_every_setting_has_a_help_text():
 @pytest.mark.parametrize("field, value, says", [
     ("image_size", 62, "divisible"), ("fsq_levels", "8,x", "levels"), ("width", 100, "head_dim"), ("shapes", 99, "shapes"),
     ("proxies", "none,sky", "sky"), ("proxies", "none,none", "once"), ("lr", float("nan"), "lr"), ("lr", 0.0, "lr"),
-    ("base_steps", -1, "base_steps"), ("device", "tpu", "device"), ("schedule", "later", "schedule"), ("seed", -1, "seed")])
+    ("base_steps", -1, "base_steps"), ("device", "tpu", "device"), ("schedule", "later", "schedule"), ("seed", -1, "seed"), ("seed", 10**20, "seed"), ("threads", -1, "threads"),
+    ("max_objects", 1, "max_objects"), ("colors", 2, "colors"), ("tok_reach", 0, "tok_reach"), ("device", "cuda:999", "device")])
 def test_a_setting_that_cannot_work_is_refused_with_its_name(field, value, says):
     """A crash deep inside torch, an hour later."""
     with pytest.raises(sgt.UserError, match=says):
@@ -105,6 +107,7 @@ def test_rendering_agrees_with_its_own_labels():
         for o in sgt.things(scenes, b):
             mask = r.instance[b] == o.index + 1
             assert mask.sum() >= 3
+            assert (r.category[b][mask] == sgt.SHAPE_NAMES.index(o.shape) + 1).all()
             color = r.image[b][:, mask].mean(1)
             assert (color - torch.tensor(sgt.COLORS[o.color])).abs().max() < 0.25
     order = np.argsort(-scenes.y[:, 0])[:1]            # a nearer object must not be farther than one above it
@@ -134,10 +137,10 @@ def test_questions_about_a_known_scene_have_the_answers_a_person_gives():
     scene = [thing("red", "circle", 8, 8), thing("blue", "square", 24, 8, "small"), thing("red", "square", 24, 24)]
     truth = {"how many squares?": "two", "how many red objects?": "two", "how many objects?": "three",
              "what color is the circle?": "red", "what shape is the blue object?": "square",
-             "where is the red circle?": "top left", "where is the red square?": "bottom right",
+             "where is the red circle?": "top left", "where is the circle?": "top left", "where is the blue object?": "top right", "where is the red square?": "bottom right",
              "where is the red circle from the blue square?": "left",
              "where is the red square from the blue square?": "below",
-             "what is bigger, the red circle or the blue square?": "red circle",
+             "what is bigger, the circle or the blue object?": "circle", "where is the blue object from the circle?": "right",
              "what is smaller, the red circle or the blue square?": "blue square",
              "are there more squares than circles?": "yes", "are there more circles than red objects?": "no",
              "how many squares plus one?": "three", "how many circles plus red objects?": "three",
@@ -150,7 +153,7 @@ def test_questions_about_a_known_scene_have_the_answers_a_person_gives():
         assert asked[question] == answer, question
     assert sgt.relation(thing("red", "bar", 10, 10), thing("red", "bar", 16, 15)) is None
     pair = [thing("red", "circle", 10, 10, index=0), thing("blue", "ring", 16, 10, index=1)]
-    assert sgt.ask_occlusion(pair, random.Random(0), CFG)[1] == "blue ring"
+    assert {sgt.ask_occlusion(pair, random.Random(i), CFG)[1] for i in range(40)} == {"blue ring", "ring", "blue object"}
 
 def test_captions_of_known_scenes_cover_the_six_kinds_of_geneval():
     """A caption that does not describe its picture."""
@@ -274,7 +277,7 @@ def test_palette_colors_survive_a_trained_tokenizer_and_masks_come_back():
         loss = sgt.tokenizer_loss(tokenizer, target)["mse"]
         tokenizer.zero_grad()
         loss.backward()
-        optimizer.step(sgt.schedule(step, 250))
+        optimizer.step(sgt.rate_factor(step, 250))
     drawn = tokenizer.decode(tokenizer.encode(target))
     palette = sgt.PALETTE[:CFG.max_objects + 1]
     assert (benchmark.nearest(drawn, palette) == benchmark.nearest(target, palette)).float().mean() > 0.99
@@ -368,18 +371,17 @@ def test_the_dense_loss_reaches_the_understanding_path():
 
 def test_one_batch_can_be_learned_by_heart():
     """Anything that keeps the model from fitting: a detached path, a wrong target, a dead optimizer."""
-    tokenizer, _ = models()
-    torch.manual_seed(0)
-    cfg = dataclasses.replace(CFG, width=96)
+    cfg = dataclasses.replace(CFG, width=96, fsq_levels="5,5,5")
+    tokenizer, _ = models(cfg)
     model = sgt.UnifiedModel(cfg)
     batch = sgt.make_batch(cfg, "arm", 0, 2, 2, "instance", 2)
     optimizer = kernels.Optimizer(model, 0.02, 0.01)
-    for step in range(120):
+    for step in range(90):
         parts = sgt.losses(model, tokenizer, batch)
         model.zero_grad()
         sum(parts.values()).backward()
-        optimizer.step(sgt.schedule(step, 120))
-    assert all(v < 0.1 for v in parts.values()), parts
+        optimizer.step(sgt.rate_factor(step, 90))
+    assert all(v < 0.2 for v in parts.values()), parts
 
 def test_muon_in_batches_is_muon_one_by_one():
     """Matrices of a batch that mix; a step that does not make singular values equal."""
@@ -410,7 +412,7 @@ def test_guidance_one_is_the_conditional_model_and_seeds_decide_the_picture(exac
     tokenizer, model = models()
     draw = lambda **kw: sgt.generate(model, tokenizer, [[1, 300], [1, 305, 306]], steps=4, **kw)
     assert torch.equal(draw(guidance=1.0), draw(guidance=1.0 + 1e-7))
-    assert not torch.equal(draw(guidance=1.0), draw(guidance=4.0))
+    assert not torch.equal(draw(guidance=1.0), draw(guidance=60.0))
     assert not torch.equal(draw(seed=0), draw(seed=1)) and torch.equal(draw(seed=1), draw(seed=1))
 
 @torch.no_grad()
@@ -456,23 +458,24 @@ def test_an_interrupted_stage_resumes_to_the_same_bits(tmp_path):
         run.open(CFG)
 
         def stage():
+            tokenizer, _ = models()
             torch.manual_seed(0)
-            tokenizer = sgt.VisionTokenizer(CFG)
+            model = sgt.UnifiedModel(CFG)
 
-            def make(step):
+            def make(step):                                   # the sequential schedule: first the proxy, then replay
                 if step == stop_at and not run.done("state"):
                     os.kill(os.getpid(), signal.SIGTERM)
-                return sgt.tokenizer_batch(CFG, step)
-            sgt.train_stage(run, CFG, "tokenizer", tokenizer, 12, 1.0, make,
-                            lambda image: sgt.tokenizer_loss(tokenizer, image), lambda step: None)
+                return sgt.make_batch(CFG, "arm", step, *((0, 0, "depth", 2) if step < 3 else (2, 2)))
+            sgt.train_stage(run, CFG, "depth", model, 9, 1.0, make,
+                            lambda batch: sgt.losses(model, tokenizer, batch), lambda step: None)
         if stop_at:
             with pytest.raises(sgt.Interrupted) as stopped:
                 stage()
-            assert stopped.value.args == (143,) and not run.done("tokenizer")
+            assert stopped.value.args == (143,) and not run.done("depth")
         stage()
-        finals.append(run.load("tokenizer")[0])
+        finals.append(run.load("depth")[0])
         lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-        logs.append([(line["step"], line["mse"]) for line in lines])
+        logs.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
         assert not run.done("state")
     assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0]) and logs[0] == logs[1]
 
@@ -488,6 +491,17 @@ def test_the_judge_parses_true_pictures_and_is_not_easily_pleased(preset):
     other = images.roll(7, 0)
     assert benchmark.score_pictures(cfg, prompts, other)["average"] < 35
     assert benchmark.score_pictures(cfg, prompts, torch.rand_like(images))["average"] < 5
+
+def test_prompts_are_judged_by_the_rules_of_geneval():
+    """Counts that are not exact; a color on the wrong object; left taken for right."""
+    a, b = thing("red", "circle", 8, 16), thing("blue", "square", 24, 16)
+    ok = lambda kind, wanted, found: benchmark.satisfied(benchmark.Prompt(kind, "", wanted), found)
+    assert ok("single", [a], [a, b]) and not ok("single", [a], [b]) and not ok("single", [a], [])
+    assert ok("counting", [a, a], [a, a, b]) and not ok("counting", [a, a], [a, a, a])
+    assert ok("attribution", [a, b], [b, a])
+    assert not ok("attribution", [a, b], [thing("blue", "circle", 8, 16), thing("red", "square", 24, 16)])
+    assert ok("position", [a, b], [a, b])
+    assert not ok("position", [a, b], [thing("red", "circle", 24, 16), thing("blue", "square", 8, 16)])
 
 def test_panoptic_quality_of_cases_worked_by_hand():
     """Misses not counted, empty images dividing by zero, matches at half an overlap."""
@@ -598,16 +612,23 @@ def test_a_damaged_run_is_reported_in_one_line(trained, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 def test_a_terminated_run_says_so_and_goes_on(tmp_path):
-    """Work lost on Ctrl-C; the wrong exit code."""
-    args = [sys.executable, str(HERE / "sgt.py"), "--train", "--preset", "smoke", "--tok-steps", "400"]
-    process = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    """Work lost on Ctrl-C; the wrong exit code; a signal that arrives between two stages and is forgotten."""
+    args = ["--train", "--preset", "smoke", "--tok-steps", 60, "--eval-questions", 10, "--eval-prompts", 6, "--eval-masks", 2]
+    process = subprocess.Popen([sys.executable, str(HERE / "sgt.py"), *map(str, args)], cwd=tmp_path, text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     log = tmp_path / "runs/smoke/log.jsonl"
     while not log.exists() or log.stat().st_size == 0:
         assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and "Traceback" not in said
-    assert (tmp_path / "runs/smoke/state.safetensors").exists()
+    assert not (tmp_path / "runs/smoke/report.json").exists()
+    again = command(*args, cwd=tmp_path)
+    assert again.returncode == 0 and (tmp_path / "runs/smoke/report.json").exists()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["stage"] == "tokenizer"]
+    assert steps == sorted(set(steps)) and steps[-1] == 59
 
 def test_the_readme_tells_the_length_of_every_file():
     """A file map that has gone stale."""
