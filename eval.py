@@ -310,7 +310,7 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
     val = sgt.sample_scenes(cfg, "grid", np.arange(8))
     rendered, segment = sgt.render(cfg, val), TEXT.encode(sgt.PROXIES["instance"].prompts[0])
     seen, shown = rendered.image.to(device), [len(prompts) * i // 8 for i in range(8)]
-    cut, free = [("input", seen, None), ("truth", sgt.instance(cfg, val, rendered), None)], []
+    cut, free = [("input", seen, None), ("true masks", sgt.instance(cfg, val, rendered), None)], []
     for arm in ["base", *cfg.arms]:
         _, _, model, _ = sgt.load_run(run, arm, device)
         print(f"measuring {arm} …", flush=True)
@@ -321,7 +321,7 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
         if arm in ("instance", "shuffled"):
             entry["segmentation"] = segmentation(cfg, model, tokenizer, arm, cfg.eval_masks)
         report["models"][arm] = entry
-        cut.append((f"{label(arm)}: cut", sgt.generate(model, tokenizer, [segment] * 8, seen, temperature=0.0), None))
+        cut.append((f"{label(arm)}: masks", sgt.generate(model, tokenizer, [segment] * 8, seen, temperature=0.0), None))
         free.append((f"{label(arm)}: drawn", torch.cat(drawn)[shown], [prompts[i].text for i in shown]))
     run.write("samples/comparison.png", sgt.picture_grid(cut + free))
     run.write("report.md", (markdown(report) + "\n").encode())

@@ -73,7 +73,7 @@ class Config:
     tok_width: int = 128              # width of the tokenizer's transformer blocks
     tok_depth: int = 2                # transformer blocks in the decoder
     tok_reach: int = 1                # side of what the encoder sees around a patch, in patches
-    tok_steps: int = 500              # training steps
+    tok_steps: int = 600              # training steps
     tok_batch: int = 64               # images a step
     # the unified model
     width: int = 128                  # D, a multiple of head_dim
@@ -82,12 +82,12 @@ class Config:
     dialogue_len: int = 96            # text tokens beside an understood image
     prompt_len: int = 16              # text tokens before a generated image
     # training
-    base_steps: int = 1300            # steps of the base model
+    base_steps: int = 1250            # steps of the base model
     arm_steps: int = 300              # steps of every post-training arm
     vqa_batch: int = 16               # base: understanding dialogues a step
     t2i_batch: int = 24               # base: captioned images a step
-    arm_vqa: int = 8                  # arms: understanding dialogues a step (replay, the same in every arm)
-    arm_t2i: int = 16                 # arms: captioned images a step (replay, the same in every arm)
+    arm_vqa: int = 10                 # arms: understanding dialogues a step (replay, the same in every arm)
+    arm_t2i: int = 20                 # arms: captioned images a step (replay, the same in every arm)
     ratio: float = 2.0                # arms: proxy samples for every understanding dialogue (the paper: 2)
     proxies: str = "none,instance"    # post-training arms, or "all"; "none" is the SFT control
     schedule: str = "mixed"  # mixed: proxy and replay in every step; sequential: first the proxy, then replay
@@ -112,7 +112,6 @@ class Config:
     device: str = "auto"              # auto, cpu, cuda or mps
     threads: int = 0                  # CPU threads; 0 = all
 
-    # derived
     grid = property(lambda self: self.image_size // self.patch)                                   # G
     tokens = property(lambda self: self.grid ** 2)                                                # N
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
@@ -145,9 +144,9 @@ class Config:
              == self.arm_t2i % 2, "vqa and t2i batches must be at least 2, and those of t2i even", "change them"),
             (0 <= self.condition_drop < 1 and 0 <= self.texture <= 1, "condition_drop and texture are shares",
              "give numbers in [0, 1)"),
-            (0 <= self.ratio <= 100 and min(self.guidance, self.temperature, self.token_temperature, self.text_weight, self.image_weight) >= 0
-             and 0 <= self.seed < 2 ** 32, "ratio, guidance, temperature, the weights and seed must not be negative (or huge)",
-             "give 0 or more"),
+            (0 <= self.ratio <= 100 and 0 <= self.seed < 2 ** 32 and 0 <= min(
+                self.guidance, self.temperature, self.token_temperature, self.text_weight, self.image_weight),
+             "ratio, guidance, temperatures, weights and seed must not be negative or huge", "give 0 or more"),
             (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r}", "choose mixed or sequential"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r}",
              f"name each once, of {', '.join(PROXIES)}, or give all"),
@@ -205,11 +204,10 @@ SHAPES = {
     "diamond": lambda x, y: (x.abs() + y.abs() - 1.0) * 0.7071,
     "star": star,
 }
-SHAPE_NAMES = list(SHAPES)
 COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18, 0.35, 0.95),
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90),
           "orange": (1.00, 0.55, 0.10), "white": (0.97, 0.97, 0.97)}
-COLOR_NAMES = list(COLORS)
+SHAPE_NAMES, COLOR_NAMES = list(SHAPES), list(COLORS)
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = (0.11, 0.172)                 # small and large, as a share of the image size
 SPLITS = {"train": 0, "val": 1, "arm": 2, "tokenizer": 3, "grid": 4}
@@ -373,6 +371,9 @@ class Text:
 TEXT = Text()
 Thing = namedtuple("Thing", "shape color size x y radius index")  # words and pixels of one object, for the language
 
+def word_rng(scenes: Scenes, b: int) -> random.Random:
+    return random.Random(int(scenes.seeds[b, 0] * 2 ** 53))
+
 def things(scenes: Scenes, b: int) -> list[Thing]:
     return [Thing(SHAPE_NAMES[scenes.shape[b, m]], COLOR_NAMES[scenes.color[b, m]], ("small", "big")[scenes.size[b, m]],
                   float(scenes.x[b, m]), float(scenes.y[b, m]), float(scenes.radius[b, m]), m)
@@ -386,11 +387,6 @@ def unique(objects: list[Thing]) -> list[Thing]:
     names = [(o.color, o.shape) for o in objects]
     return [o for o in objects if names.count((o.color, o.shape)) == 1]
 
-def refer(o: Thing, objects: list[Thing], rng: random.Random) -> str:
-    """Words that pick out an object of `unique`: its color or its shape, where that is enough, or both."""
-    alone = lambda key: sum(getattr(p, key) == getattr(o, key) for p in objects) == 1
-    return rng.choice([f"{o.color} object"] * alone("color") + [o.shape] * alone("shape") + [f"{o.color} {o.shape}"])
-
 def where(o: Thing, P: int) -> str:
     return (f"{('top', 'middle', 'bottom')[min(2, int(o.y * 3 / P))]} "
             f"{('left', 'center', 'right')[min(2, int(o.x * 3 / P))]}")
@@ -401,10 +397,6 @@ def relation(a: Thing, b: Thing) -> str | None:
     if max(abs(dx), abs(dy)) < 1.5 * min(abs(dx), abs(dy)) + 1e-6:
         return None
     return ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-
-def scan_order(objects: list[Thing], P: int) -> list[Thing]:
-    """Top to bottom in quarters of the picture, left to right within one."""
-    return sorted(objects, key=lambda o: (int(o.y * 4 / P), o.x))
 
 # --- captions: GenEval's six kinds (arXiv 2310.11513), and a longer one ---------------------------------------------
 
@@ -435,8 +427,9 @@ def captions(objects: list[Thing]) -> dict[str, str]:
     return found
 
 def describe(objects: list[Thing], P: int) -> str:
-    """Everything there is to say about a scene, in scan order: the dense text signal of the dialogues."""
-    return ", ".join(f"{o.size} {o.color} {o.shape} {where(o, P)}" for o in scan_order(objects, P)) + "."
+    """Everything there is to say about a scene, top to bottom in quarters: the dense text signal of the dialogues."""
+    scan = sorted(objects, key=lambda o: (int(o.y * 4 / P), o.x))
+    return ", ".join(f"{o.size} {o.color} {o.shape} {where(o, P)}" for o in scan) + "."
 
 # --- questions: (objects, rng, cfg) → (question, answer), or None where the scene does not allow one ------------------
 
@@ -488,7 +481,7 @@ def pairs(objects: list[Thing], rng: random.Random):
     found = [(a, b) for a in unique(objects) for b in unique(objects) if a is not b]
     rng.shuffle(found)
     for a, b in found:
-        yield a, b, refer(a, objects, rng), refer(b, objects, rng)
+        yield a, b, f"{a.color} {a.shape}", f"{b.color} {b.shape}"
 
 def ask_relation(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
@@ -497,7 +490,7 @@ def ask_relation(objects, rng, cfg):
 
 def ask_location(objects, rng, cfg):
     for o in rng.sample(unique(objects), len(unique(objects))):
-        return f"where is the {refer(o, objects, rng)}?", where(o, cfg.image_size)
+        return f"where is the {o.color} {o.shape}?", where(o, cfg.image_size)
 
 def ask_size(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
@@ -530,31 +523,23 @@ QUESTIONS = {   # kind → (level, function). The paper: perception improves, re
     "compare": ("reasoning", ask_compare), "arithmetic": ("reasoning", ask_arithmetic),
 }
 
-def word_rng(scenes: Scenes, b: int) -> random.Random:
-    return random.Random(int(scenes.seeds[b, 0] * 2 ** 53))
-
 def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int) -> tuple[list[int], list[bool]]:
     """Questions and answers about one scene in random order until the budget is full, a description last.
 
-    Returns ids and, for each, whether it is supervised (answers and their end token are). What an earlier turn has told
-    is not asked: a model that can copy does not look.
+    Returns ids and, for each, whether it is supervised (answers and their end token are).
     """
-    turns, told = [], ""
+    turns, asked = [], set()
     last = ("list the objects.", describe(objects, cfg.image_size))
     tokens = lambda question, answer: (TEXT.encode(question), TEXT.encode(answer) + [Text.END])
     budget -= sum(map(len, tokens(*last)))
-    # questions that look something up are learned far more slowly than those that count: ask more of them
-    kinds = [kind for kind in QUESTIONS for _ in range(1 if kind in ("counting", "compare", "arithmetic") else 2)]
+    kinds = list(QUESTIONS) * 2
     rng.shuffle(kinds)
     for kind in kinds:
-        question, answer = QUESTIONS[kind][1](objects, rng, cfg) or ("", "")
-        words = question.rstrip("?").split()
-        # the color and shape that this turn gives away
-        named = {"existence": words[-2:], "color": [answer, *words[-1:]], "shape": words[4:5] + [answer]}.get(kind)
-        size = sum(map(len, tokens(question, answer)))
-        if question and size <= budget and not (named and " ".join(named) in told) and question not in told:
-            turns.append(tokens(question, answer))
-            told += " ".join([question, answer, *(named or ()), ""])
+        turn = QUESTIONS[kind][1](objects, rng, cfg)
+        size = sum(map(len, tokens(*turn))) if turn else 0
+        if turn and turn not in asked and size <= budget:
+            asked.add(turn)
+            turns.append(tokens(*turn))
             budget -= size
     turns.append(tokens(*last))
     return [i for q, a in turns for i in q + a], [said for q, a in turns for said in [False] * len(q) + [True] * len(a)]
@@ -849,7 +834,7 @@ class UnifiedModel(nn.Module):
         self.mask_id = len(TEXT) + cfg.codebook
         self.embed = nn.Parameter(torch.randn(self.mask_id + 1, D))
         self.place = nn.Parameter(0.5 * torch.randn(1 + 2 * N + cfg.row_len, D))
-        self.see = Stem(cfg.patch, 3, D)                             # image (B, 3, P, P) → features (B, N, D)
+        self.see = Stem(cfg.patch, 2, D)                             # image (B, 3, P, P) → features (B, N, D)
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
         self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))  # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
@@ -896,8 +881,7 @@ class Batch:
     captioned: int                    # how many targets belong to captions
 
     def to(self, device) -> "Batch":
-        move = lambda v: v.to(device) if isinstance(v, Tensor) else v
-        return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in vars(self).values()))
 
 class Rows:
     """Packs documents `[patches] text [image tokens]` into rows; what is left of a row is padding that sees nothing."""
@@ -1182,7 +1166,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
     `step_losses(batch)` returns named losses; `rate` scales the learning rates; `sample(step)` draws the grid.
     """
     device = next(module.parameters()).device
-    weights = {"mse": 1.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
+    weights = {"mse": 4.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
     optimizer, start = Optimizer(module, rate * cfg.lr, rate * cfg.adam_lr), 0
     state, meta = run.load("state") if run.done("state") else ({}, {})
     if meta.get("stage") == name:
@@ -1288,8 +1272,6 @@ def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}; give the path of a picture") from None
     except Exception as e:                         # Pillow raises a dozen kinds of errors for damaged files
         raise UserError(f"cannot read {path} as a picture ({e.__class__.__name__}: {e}); give a PNG or JPEG") from None
     small = np.asarray(picture.resize((size, size), Image.Resampling.BOX if min(picture.size) >= size
@@ -1450,9 +1432,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    say = dict(default=None, metavar="TEXT")
     p.add_argument("--train", action="store_true", help="train and compare, or resume")
-    p.add_argument("--generate", help="draw a picture of a text", **say)
+    p.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
     p.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question about a picture")
     p.add_argument("--segment", metavar="IMAGE", help="draw the instance segmentation (or --proxy NAME) of a picture")
     p.add_argument("--run", metavar="RUN", help="folder of a run, or its name under runs/; default: the preset's name to "
