@@ -9,14 +9,12 @@
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import math
 import sys
 from collections import Counter, namedtuple
-from pathlib import Path
 
 import numpy as np
 import torch

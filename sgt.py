@@ -489,8 +489,9 @@ def ask_relation(objects, rng, cfg):
             return f"where is the {name_a} from the {name_b}?", relation(a, b).split()[0]
 
 def ask_location(objects, rng, cfg):
-    for o in rng.sample(unique(objects), len(unique(objects))):
-        return f"where is the {o.color} {o.shape}?", where(o, cfg.image_size)
+    found = unique(objects)
+    o = rng.sample(found, len(found))[0] if found else None
+    return (f"where is the {o.color} {o.shape}?", where(o, cfg.image_size)) if o else None
 
 def ask_size(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
@@ -536,11 +537,12 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     rng.shuffle(kinds)
     for kind in kinds:
         turn = QUESTIONS[kind][1](objects, rng, cfg)
-        size = sum(map(len, tokens(*turn))) if turn else 0
-        if turn and turn not in asked and size <= budget:
-            asked.add(turn)
-            turns.append(tokens(*turn))
-            budget -= size
+        if turn and turn not in asked:
+            ids = tokens(*turn)
+            if sum(map(len, ids)) <= budget:
+                asked.add(turn)
+                turns.append(ids)
+                budget -= sum(map(len, ids))
     turns.append(tokens(*last))
     return [i for q, a in turns for i in q + a], [said for q, a in turns for said in [False] * len(q) + [True] * len(a)]
 
