@@ -1,44 +1,86 @@
 """Attention for unified multimodal sequences, and what it takes to run it fast.
 
-Every sequence of this project is built of three kinds of blocks, and in each of them the columns a row may attend to
-are one contiguous interval [lo, hi):
+    python kernels.py --check            # every backend against float64: values, gradients, leaks
+    python kernels.py --bench [--json]   # how fast each is, as ratios, on this machine
+
+Every sequence of this project is built of blocks, and in each of them the columns that a row may attend to are one
+contiguous interval [lo, hi):
 
     image patches   see their whole block             lo = start of the document   hi = end of the block
     text            sees everything before it         lo = start of the document   hi = own position + 1
     image tokens    see the condition and the block   lo = start of the document   hi = end of the block
     padding         sees nothing                      lo = hi = 0
 
-So the mask of a whole packed batch is two integer vectors instead of a (S, S) tensor: causal, bidirectional, prefix,
-packed and padded attention, and the length of a key-value cache, are all the same code.
+A row never skips a column in between, because whatever a document has written, everything after it may read. So the
+mask of a whole packed batch is two integer vectors instead of a (S, S) tensor, and causal, bidirectional, prefix, packed
+and padded attention, and the length of a key-value cache, are all the same code.
+
+    1. Layout       who may attend to whom             4. Memory and graphs   key-value cache, recorded steps
+    2. Attention    the definition, and the CPU        5. Optimizer           Muon and AdamW
+    3. GPU          the same in Triton                 6. Precision           bf16 where it pays, compilation
+                                                       7. Check and bench     the command line
 
 Letters: B batch, H heads, S query rows, L key columns, D head dimension.
 """
-import os
-from dataclasses import dataclass
+from __future__ import annotations
 
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # ---- 1. Layout: who may attend to whom ---------------------------------------------------------------------
 
-@dataclass
-class Layout:
-    """Row i of sample b attends to the columns [lo[b, i], hi[b, i]); an empty interval gives an output of zeros."""
-    lo: Tensor                                                                                  # (B, S) int32
-    hi: Tensor                                                                                  # (B, S) int32
+class Layout(NamedTuple):
+    """Row i of sample b attends to the columns [lo[b, i], hi[b, i]); an empty interval gives an output of zeros.
+
+    The transpose says the same of columns: column j is seen by rows within [first[b, j], last[b, j]). A backward pass
+    over columns needs it; without gradients it may be left out.
+    """
+    lo: Tensor                        # (B, S) int32
+    hi: Tensor                        # (B, S)
+    first: Tensor | None = None       # (B, L)
+    last: Tensor | None = None        # (B, L)
+
+    def to(self, device) -> "Layout":
+        return Layout(*(None if x is None else x.to(device) for x in self))
 
     def may_attend(self, columns: int) -> Tensor:
         """The mask that the intervals stand for: True where row i may attend to column j; (B, 1, S, columns) bool."""
         j = torch.arange(columns, device=self.lo.device, dtype=self.lo.dtype)
         return ((j >= self.lo[..., None]) & (j < self.hi[..., None]))[:, None]
 
+def write_document(spans: np.ndarray, row: int, start: int, blocks: list[tuple[str, int]]) -> int:
+    """Enter one document, blocks of ("image" or "text", length), at column `start` of a row of spans (4, B, S), the four
+    vectors of a Layout; returns the column behind it. The last image block is seen by itself alone.
+    """
+    end = start + sum(n for _, n in blocks)
+    assert end <= spans.shape[2], f"a document of {end - start} tokens does not fit a row of {spans.shape[2]}"
+    at = start
+    for kind, n in blocks:
+        own, behind = np.arange(at, at + n), at + n
+        hi, first = (behind, at) if kind == "image" else (own + 1, own)
+        for vector, value in zip(spans, (start, hi, first, end)):
+            vector[row, at:behind] = value
+        at = behind
+    return end
+
 def draw(layout: Layout, columns: int, row: int = 0) -> str:
     """The mask of one sample as text, a line a query row: '#' may attend, '.' may not."""
     mask = layout.may_attend(columns)[row, 0].tolist()
     return "\n".join("".join("#" if cell else "." for cell in line) for line in mask)
 
-# ---- 2. Attention ------------------------------------------------------------------------------------------
+# ---- 2. Attention: the definition, the CPU, and what others offer --------------------------------------------
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """The definition: softmax(q kᵀ / √D) over the allowed columns, times v.
@@ -46,9 +88,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tupl
     q (B, H, S, D); k, v (B, H, L, D); any dtype, float64 included. Returns the output (B, H, S, D) and the attention
     weights (B, H, S, L). Rows that may attend to nothing get zeros, not NaN.
     """
-    may = layout.may_attend(k.shape[2])
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5                                    # (B, H, S, L)
-    weights = torch.softmax(scores.masked_fill(~may, -1e9 if q.dtype != torch.float16 else -6e4), -1) * may
+    may, exact = layout.may_attend(k.shape[2]), torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(exact) @ k.to(exact).transpose(-1, -2) * q.shape[-1] ** -0.5                  # (B, H, S, L)
+    weights = (torch.softmax(scores.masked_fill(~may, -1e9), -1) * may).to(q.dtype)
     return weights @ v, weights                                                                 # (B, H, S, D)
 
 class BmmAttention(torch.autograd.Function):
@@ -70,8 +112,8 @@ class BmmAttention(torch.autograd.Function):
         grad_v = weights.transpose(-1, -2) @ grad_out                                           # (B, H, L, D)
         grad_weights = grad_out @ v.transpose(-1, -2)                                           # (B, H, S, L)
         exact = torch.promote_types(q.dtype, torch.float32)          # the row sum cancels against its terms
-        row = (grad_weights.to(exact) * weights.to(exact)).sum(-1, keepdim=True)
-        grad_scores = (weights * (grad_weights - row) * q.shape[-1] ** -0.5).to(q.dtype)
+        w, g = weights.to(exact), grad_weights.to(exact)
+        grad_scores = (w * (g - (g * w).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5).to(q.dtype)
         return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v, None, None
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -82,18 +124,207 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     some = may.any(-1, keepdim=True)                                                         # (B, 1, S, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=may | ~some) * some
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Interval attention, the fastest way on the device. q (B, H, S, D); k, v (B, H, L, D) → (B, H, S, D)."""
-    if q.device.type == "cpu":
-        return BmmAttention.apply(q, k, v, layout.lo, layout.hi)
-    return attention_sdpa(q, k, v, layout)
+def attention_split(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Fused attention without a mask, called once for each run of rows that is dense or causal, with cuDNN's kernel
+    first. A baseline: all samples must have the layout of the first, with one document and no padding.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+    hi, outs, at = layout.hi[0].tolist(), [], 0
+    while at < len(hi):
+        causal, end = hi[at:at + 2] == [at + 1, at + 2], at + 1
+        while end < len(hi) and hi[end] == (end + 1 if causal else hi[at]):
+            end += 1
+        mask = causal_lower_right(end - at, hi[end - 1]) if causal else None
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            outs.append(F.scaled_dot_product_attention(q[:, :, at:end], k[:, :, :hi[end - 1]], v[:, :, :hi[end - 1]], mask))
+        at = end
+    return torch.cat(outs, 2)
 
-# ---- 3. Key-value cache ------------------------------------------------------------------------------------
+def attention_flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """FlexAttention with the same intervals, a baseline. Without a backward on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    if getattr(attention_flex, "layout", None) is not layout:            # building the block mask is not part of the work
+        lo, hi = layout.lo, layout.hi
+        attention_flex.layout, attention_flex.compiled = layout, torch.compile(flex_attention, dynamic=False)
+        attention_flex.mask = create_block_mask(lambda b, h, i, j: (j >= lo[b, i]) & (j < hi[b, i]),
+                                                len(lo), None, lo.shape[1], k.shape[2], device=q.device)
+    return attention_flex.compiled(q, k, v, block_mask=attention_flex.mask)
+
+# ---- 3. Attention on a GPU, in Triton ------------------------------------------------------------------------
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                   # a CPU build of torch comes without it
+    triton = None
+
+if triton is not None:
+    # Tensors lie in memory as (B, S, H, D): `base + (b · S · H + h) · D` is one head of one sample, its rows H·D apart.
+    @triton.jit
+    def load_rows(base, rows, end, H, D: tl.constexpr):
+        """Some rows of one head as a (len(rows), D) tile; zeros from row `end` on."""
+        return tl.load(base + rows[:, None] * H * D + tl.arange(0, D)[None, :], mask=(rows < end)[:, None], other=0.0)
+
+    @triton.jit
+    def store_rows(base, rows, end, H, D: tl.constexpr, x):
+        tl.store(base + rows[:, None] * H * D + tl.arange(0, D)[None, :], x.to(base.dtype.element_ty), mask=(rows < end)[:, None])
+
+    @triton.jit
+    def bounds(FROM, TO, at, inside, end, STEP: tl.constexpr):
+        """The intervals of a tile, and the corners of its loop over the other axis, in multiples of STEP: in [c0, c1) some
+        are seen by some, in [c1, c2) all by all, which needs no mask, in [c2, c3) again some by some.
+        """
+        lo, hi = tl.load(FROM + at, mask=inside, other=0), tl.load(TO + at, mask=inside, other=0)
+        c0, c3 = tl.min(tl.where(hi > lo, lo, end)) // STEP * STEP, tl.max(hi)
+        c1 = tl.minimum(tl.maximum((tl.max(lo) + STEP - 1) // STEP * STEP, c0), c3)
+        c2 = tl.maximum(tl.min(tl.where(inside, hi, end)) // STEP * STEP, c1)
+        return lo, hi, c0, c1, c2, c3
+
+    @triton.jit
+    def forward_kernel(Q, K, V, O, LSE, LO, HI, S, L, H, scale,
+                       D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+        """BM query rows of one head: a running softmax over tiles of BN columns (FlashAttention-2, arXiv 2307.08691)."""
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        r, q_at, k_at = tl.program_id(0) * BM + tl.arange(0, BM), (b * S * H + h) * D, (b * L * H + h) * D
+        lo, hi, c0, c1, c2, c3 = bounds(LO, HI, b * S + r, r < S, L, BN)
+        q = load_rows(Q + q_at, r, S, H, D)
+        acc, total, top = tl.zeros([BM, D], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
+        for phase in tl.static_range(3):
+            for n in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BN):
+                c = n + tl.arange(0, BN)
+                k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
+                score = tl.dot(q, tl.trans(k), input_precision=EXACT) * scale                      # (BM, BN)
+                if phase != 1:
+                    score = tl.where((c[None, :] >= lo[:, None]) & (c[None, :] < hi[:, None]), score, -1e30)
+                higher = tl.maximum(top, tl.max(score, 1))
+                p, shrink = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
+                if phase != 1:
+                    p = tl.where(score > -1e29, p, 0.0)           # a row that has seen nothing yet has no maximum
+                total, top = total * shrink + tl.sum(p, 1), higher
+                acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=EXACT)
+        total = tl.where(total > 0, total, 1.0)
+        store_rows(O + q_at, r, S, H, D, acc / total[:, None])
+        tl.store(LSE + tl.program_id(1) * S + r, top + tl.log2(total), mask=r < S)
+
+    @triton.jit
+    def rows_kernel(Q, K, V, O, G, DQ, DELTA, LSE, LO, HI, S, L, H, scale, unit,
+                    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+        """The gradient of BM queries, and DELTA = Σ out · grad of their rows, which columns_kernel needs too."""
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        r, q_at, k_at = tl.program_id(0) * BM + tl.arange(0, BM), (b * S * H + h) * D, (b * L * H + h) * D
+        lo, hi, c0, c1, c2, c3 = bounds(LO, HI, b * S + r, r < S, L, BN)
+        q, g, out = load_rows(Q + q_at, r, S, H, D), load_rows(G + q_at, r, S, H, D), load_rows(O + q_at, r, S, H, D)
+        delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
+        tl.store(DELTA + tl.program_id(1) * S + r, delta, mask=r < S)
+        lse, dq = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0), tl.zeros([BM, D], tl.float32)
+        for phase in tl.static_range(3):
+            for n in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BN):
+                c = n + tl.arange(0, BN)
+                k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
+                p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=EXACT) * scale - lse[:, None])  # (BM, BN)
+                if phase != 1:
+                    p = tl.where((c[None, :] >= lo[:, None]) & (c[None, :] < hi[:, None]), p, 0.0)
+                ds = p * (tl.dot(g, tl.trans(v), input_precision=EXACT) - delta[:, None])
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=EXACT)
+        store_rows(DQ + q_at, r, S, H, D, dq * unit)
+
+    @triton.jit
+    def columns_kernel(Q, K, V, G, DK, DV, DELTA, LSE, LO, HI, FIRST, LAST, S, L, H, scale, unit,
+                       D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+        """The gradients of BN keys and values: a loop over the rows that see them."""
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        c, q_at, k_at = tl.program_id(0) * BN + tl.arange(0, BN), (b * S * H + h) * D, (b * L * H + h) * D
+        _, _, c0, c1, c2, c3 = bounds(FIRST, LAST, b * L + c, c < L, S, BM)
+        k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
+        dk, dv = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
+        for phase in tl.static_range(3):
+            for m in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BM):
+                r = m + tl.arange(0, BM)
+                q, g = load_rows(Q + q_at, r, S, H, D), load_rows(G + q_at, r, S, H, D)
+                lse = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0)
+                delta = tl.load(DELTA + tl.program_id(1) * S + r, mask=r < S, other=0.0)
+                p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=EXACT) * scale - lse[None, :])  # (BN, BM)
+                if phase != 1:
+                    lo, hi = tl.load(LO + b * S + r, mask=r < S, other=0), tl.load(HI + b * S + r, mask=r < S, other=0)
+                    p = tl.where((c[:, None] >= lo[None, :]) & (c[:, None] < hi[None, :]), p, 0.0)
+                dv = tl.dot(p.to(g.dtype), g, dv, input_precision=EXACT)
+                ds = p * (tl.dot(v, tl.trans(g), input_precision=EXACT) - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=EXACT)
+        store_rows(DK + k_at, c, L, H, D, dk * unit)
+        store_rows(DV + k_at, c, L, H, D, dv)
+
+def launch(kernel, BM: int, BN: int, warps: int, *args) -> None:
+    """Run a kernel on every tile of every head. Tensors go in as (B, S, H, D), a free view of what the model makes."""
+    args = [x.transpose(1, 2).contiguous() if isinstance(x, Tensor) and x.ndim == 4 else x for x in args]
+    (B, S, H, D), L, q = args[0].shape, args[1].shape[1], args[0]
+    if not q.is_cuda:
+        BM = BN = 32                                              # in the interpreter
+    tiles = -(-L // BN) if kernel is columns_kernel else -(-S // BM)
+    scale, unit = D ** -0.5 * 1.4426950408889634, D ** -0.5       # scores in powers of two: the hardware has exp2
+    kernel[(tiles, B * H)](*args, S, L, H, scale, *([] if kernel is forward_kernel else [unit]), D=D, BM=BM, BN=BN,
+                           EXACT="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps)
+
+def like(x: Tensor) -> Tensor:
+    """Room for a result of the shape of x (B, H, S, D), in memory as (B, S, H, D)."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+# Operators of their own, so that torch.compile calls them without looking inside.
+@torch.library.custom_op("sgt::interval_forward", mutates_args=())
+def triton_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor) -> list[Tensor]:
+    """Output (B, H, S, D) and the base-2 log-sum-exp of every row (B, H, S)."""
+    out, lse = like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    launch(forward_kernel, 128, 64, 4, q, k, v, out, lse, lo, hi)
+    return [out, lse]
+
+@torch.library.custom_op("sgt::interval_backward", mutates_args=())
+def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
+                    lo: Tensor, hi: Tensor, first: Tensor, last: Tensor) -> list[Tensor]:
+    dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
+    launch(rows_kernel, 128, 64, 8, q, k, v, out, grad, dq, delta, lse, lo, hi)
+    launch(columns_kernel, 64, 128, 8, q, k, v, grad, dk, dv, delta, lse, lo, hi, first, last)
+    return [dq, dk, dv]
+
+triton_forward.register_fake(lambda q, *_: [like(q), q.new_empty(q.shape[:3], dtype=torch.float32)])
+triton_backward.register_fake(lambda q, k, v, *_: [like(q), like(k), like(v)])
+triton_forward.register_autograd(
+    lambda ctx, grads: (*triton_backward(*ctx.saved_tensors[:5], grads[0], *ctx.saved_tensors[5:]), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, *inputs[3:]))
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Both passes skip the tiles that nobody sees, and compare with the intervals only at their edges."""
+    return triton_forward(q, k, v, *(layout.lo if x is None else x.contiguous() for x in layout))[0]
+
+# ---- the choice of a backend --------------------------------------------------------------------------------
+
+BACKENDS = {"reference": lambda *args: attention_reference(*args)[0],
+            "bmm": lambda q, k, v, layout: BmmAttention.apply(q, k, v, layout.lo, layout.hi),
+            "sdpa": attention_sdpa, "split": attention_split, "flex": attention_flex, "triton": attention_triton}
+# SGT_KERNELS: 0 = reference, 1 = the fastest, or a name. Read once: torch.compile takes it for a constant.
+CHOSEN = {"0": "reference", "1": ""}.get(os.environ.get("SGT_KERNELS", ""), os.environ.get("SGT_KERNELS", ""))
+if CHOSEN and CHOSEN not in BACKENDS:
+    print(f"error: there is no attention SGT_KERNELS={CHOSEN}; choose 0, 1 or one of {', '.join(BACKENDS)}", file=sys.stderr)
+    sys.exit(2)
+
+def fastest(q: Tensor, layout: Layout) -> str:
+    """The backend for a device, dtype and shape. On a CPU only SDPA's backward is slow; on a GPU the few query rows of
+    decoding would leave a tile empty.
+    """
+    if q.device.type == "cpu":
+        return "bmm" if q.requires_grad else "sdpa"
+    fits = triton is not None and q.is_cuda and q.shape[2] >= 16 and q.shape[3] in (16, 32, 64, 128)
+    return "triton" if fits and (layout.first is not None or not q.requires_grad) else "sdpa"
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = "") -> Tensor:
+    """Interval attention. q (B, H, S, D); k, v (B, H, L, D) → (B, H, S, D); see BACKENDS for what `backend` may be."""
+    return BACKENDS[backend or CHOSEN or fastest(q, layout)](q, k, v, layout)
+
+# ---- 4. Memory and graphs: the key-value cache, recorded steps -------------------------------------------------
 
 class KVCache:
     """Keys and values of one layer in buffers of fixed shape (B, H, length, D), filled from the left."""
     def __init__(self, batch: int, heads: int, length: int, dim: int, like: Tensor):
-        self.k, self.v = like.new_zeros(2, batch, heads, length, dim)
+        self.k, self.v = like.new_zeros(2, batch, length, heads, dim).transpose(2, 3)
 
     def put(self, k: Tensor, v: Tensor, at: int) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written."""
@@ -101,7 +332,43 @@ class KVCache:
         self.k[:, :, at:end], self.v[:, :, at:end] = k, v
         return self.k[:, :, :end], self.v[:, :, :end]
 
-# ---- 4. Optimizer ------------------------------------------------------------------------------------------
+class GraphedStep:
+    """A function of (nested) tensors, recorded once as a CUDA graph and then replayed: one launch in place of thousands, which is
+    what a small model spends its time on. On other devices a plain call.
+
+    The first three calls for given shapes are plain (and real: a training step trains), the fourth records. What
+    varies between calls must be in the tensors that are passed, the learning rate too, and nothing inside may ask the
+    GPU for a value. Results live in the graph's memory: the next call overwrites them.
+    """
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, {}, {}
+
+    def __call__(self, *inputs):
+        leaves, spec = tree_flatten(inputs)
+        if not leaves[0].is_cuda:
+            return self.function(*inputs)
+        key = tuple(x.shape if isinstance(x, Tensor) else x for x in leaves)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:                          # a graph must not be the first to load a kernel
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                out = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            return out
+        if key not in self.graphs:
+            graph, static = torch.cuda.CUDAGraph(), [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+            with torch.cuda.graph(graph):
+                out = self.function(*tree_unflatten(static, spec))
+            self.graphs[key] = graph, static, out
+        graph, static, out = self.graphs[key]
+        for place, value in zip(static, leaves):
+            if isinstance(value, Tensor):
+                place.copy_(value)
+        graph.replay()
+        return out
+
+# ---- 5. Optimizer ------------------------------------------------------------------------------------------
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """Push every singular value of g (…, rows, columns) towards 1 with a quintic Newton-Schulz iteration (Muon,
@@ -110,12 +377,11 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = g.shape[-2] <= g.shape[-1]
     x = g if wide else g.transpose(-1, -2)                          # the products below are of the short side
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(compute_dtype(g.device))
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(compute_dtype(g.device)).reshape(-1, *x.shape[-2:])
     for _ in range(steps):
         s = x @ x.transpose(-1, -2)
-        x = a * x + (b * s + c * s @ s) @ x
-    return (x if wide else x.transpose(-1, -2)).to(g.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)            # a x + (b s + c s²) x
+    return (x if wide else x.transpose(-1, -2)).to(g.dtype).view_as(g)
 
 class Optimizer:
     """Muon for the matrices of the blocks and stems, AdamW for embeddings, positions and heads."""
@@ -129,18 +395,21 @@ class Optimizer:
                 self.matrices.setdefault(tuple(p.shape), []).append(p)
         self.momentum = {shape: torch.zeros(len(ps), *shape, device=ps[0].device) for shape, ps in self.matrices.items()}
         others = [p for name, p in named if not is_matrix(name)]
-        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        device = others[0].device
+        self.adam = torch.optim.AdamW(others, lr=torch.tensor(adam_lr, device=device), betas=(0.9, 0.95),
+                                      weight_decay=0.0, fused=True, capturable=device.type == "cuda")
 
     @torch.no_grad()
-    def step(self, scale: float) -> None:
+    def step(self, scale: Tensor | float) -> None:
+        """One update with both learning rates times `scale`; as a () tensor on the device a graph can replay it."""
         for shape, ps in self.matrices.items():
             grad, momentum = torch.stack([p.grad for p in ps]), self.momentum[shape]
             momentum.lerp_(grad, 0.05)
             update = orthogonalize(grad.lerp(momentum, 0.95))         # Nesterov
-            step = -scale * self.lr * max(1.0, shape[-2] / shape[-1]) ** 0.5
-            torch._foreach_add_(ps, list(update.unbind()), alpha=step)
+            update *= -self.lr * max(1.0, shape[-2] / shape[-1]) ** 0.5 * scale
+            torch._foreach_add_(ps, list(update.unbind()))
         for group in self.adam.param_groups:
-            group["lr"] = self.adam_lr * scale
+            group["lr"].fill_(self.adam_lr * scale)
         self.adam.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -159,7 +428,7 @@ class Optimizer:
                 slots.setdefault(int(i), {})[name] = value
         self.adam.load_state_dict({"state": slots, "param_groups": self.adam.state_dict()["param_groups"]})
 
-# ---- 5. Precision and compilation --------------------------------------------------------------------------
+# ---- 6. Precision and compilation --------------------------------------------------------------------------
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where matrix products are faster in it: recent GPUs and CPUs with AVX-512-BF16 or AMX."""
@@ -193,3 +462,194 @@ def compiled(function):
             out, chosen = function(*args), function
         return out
     return run
+
+# ---- 7. Check and bench ------------------------------------------------------------------------------------
+
+def random_layout(rng: np.random.Generator, B: int, S: int) -> Layout:
+    """Rows packed with documents of random blocks, some rows with padding behind them."""
+    spans = np.zeros((4, B, S), np.int32)
+    for b in range(B):
+        at = 0
+        while True:
+            blocks = [(("image", "text")[rng.integers(2)], int(rng.integers(1, 40))) for _ in range(rng.integers(1, 4))]
+            if at + sum(n for _, n in blocks) > S:
+                break
+            at = write_document(spans, b, at, blocks)
+    return Layout(*map(torch.from_numpy, spans))
+
+def backends_here(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return ["reference", "sdpa", "bmm", "flex"] + ["triton"] * (triton is not None)
+    return ["reference", "sdpa", "bmm"] + ["triton"] * (triton is not None and os.environ.get("TRITON_INTERPRET") == "1")
+
+def errors(name: str, inputs: list[Tensor], grad: Tensor, layout: Layout, want: list[Tensor]) -> list[float]:
+    """‖x − want‖ / ‖want‖ of the output and of the three gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = attention(*inputs, layout, name)
+    got = [out, *torch.autograd.grad(out, inputs, grad)]
+    return [float((a.detach().double() - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(got, want)]
+
+def leaks(name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rng: np.random.Generator) -> bool:
+    """Whether a row changes by a bit when a column that it may not see is replaced by something large."""
+    column = int(rng.integers(k.shape[2]))
+    before = attention(q, k, v, layout, name)
+    k, v = k.clone(), v.clone()
+    k[:, :, column], v[:, :, column] = 30.0, -1000.0
+    unseen = ~layout.may_attend(k.shape[2])[:, 0, :, column]                                       # (B, S)
+    return not torch.equal(before.transpose(1, 2)[unseen], attention(q, k, v, layout, name).transpose(1, 2)[unseen])
+
+def check(cases: int = 6) -> int:
+    """Compare every backend that runs here with float64 on random packings; print the worst errors; 1 if any is bad."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.use_deterministic_algorithms(True, warn_only=True)       # fills what is allocated empty with NaN
+    worst, bad = {}, []
+    for case in range(cases):
+        rng = np.random.default_rng(case)
+        B, S, D = (1, 37, 16) if case == 0 else (3, int(rng.integers(60, 300)), (32, 64)[case % 2])
+        layout = Layout(*(x.to(device) for x in random_layout(rng, B, S)))
+        torch.manual_seed(case)
+        exact = [torch.randn(B, 2, S, D, device=device) for _ in range(4)]
+        for dtype in (torch.float32, torch.bfloat16):
+            *inputs, grad = [x.to(dtype) for x in exact]
+            doubles = [x.double().requires_grad_() for x in inputs]
+            out = attention_reference(*doubles, layout)[0]
+            want = [out.detach(), *torch.autograd.grad(out, doubles, grad.double())]
+            for name in backends_here(device):
+                if name == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
+                    continue                              # Triton's interpreter multiplies bf16 wrongly
+                found = errors(name, inputs, grad, layout, want)
+                worst[name, dtype] = np.maximum(worst.get((name, dtype), 0.0), found)   # NaN stays NaN
+                if leaks(name, *inputs, layout, rng):
+                    bad.append(f"{name} in {dtype}: a row depends on a column that it may not see (case {case})")
+    print(f"{cases} random packings on {device}, torch {torch.__version__}; worst of ‖x − float64‖ / ‖float64‖:")
+    print(f"{'':22}{'output':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
+    for (name, dtype), found in worst.items():
+        limit = np.full(4, 1e-5) if dtype == torch.float32 else np.minimum(1e-2, 1.5 * worst["sdpa", dtype])
+        ok = bool((found <= limit).all()) or name == "reference"    # the reference is exact in float64, not in bf16
+        print(f"{name:10}{str(dtype).removeprefix('torch.'):12}" + "".join(f"{e:10.1e}" for e in found) + ("" if ok else "   BAD"))
+        if not ok:
+            bad.append(f"{name} in {dtype} is off by {found.max():.1e}, allowed {limit.min():.1e}")
+    print("\n".join(bad) or "all agree; no row sees what it may not")
+    return int(bool(bad))
+
+def medians(variants: dict[str, object], seconds: float, device: torch.device) -> dict[str, float]:
+    """Seconds a call of each function: the median of rounds in which all of them take turns, so that a busy machine
+    slows all alike. The first two calls of each (compilation, warm-up) do not count.
+    """
+    def timed(run) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    for run in variants.values():
+        run(), run()
+    taken, began = {name: [] for name in variants}, time.perf_counter()
+    while time.perf_counter() - began < seconds or len(next(iter(taken.values()))) < 3:
+        for name, run in variants.items():
+            taken[name].append(timed(run))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+def bench(seconds: float, cfg=None) -> dict:
+    """Attention, train step, answers and pictures of a Config (by default of tiny on a CPU and base on a GPU) against what
+    people would pick instead. Medians in seconds; each group takes turns for `seconds`, the train step four times as long.
+    """
+    import sgt
+    from torch.utils.flop_counter import FlopCounterMode
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = cfg or sgt.Config(**sgt.PRESETS["base" if device.type == "cuda" else "tiny"])
+    batch = sgt.make_batch(cfg, "train", 0, cfg.vqa_batch, cfg.t2i_batch).to(device)
+    layout, (B, S), H, D = batch.layout, batch.ids.shape, cfg.width // cfg.head_dim, cfg.head_dim
+    low = compute_dtype(device)
+    torch.manual_seed(0)
+    a, b = (torch.randn(2048, 2048, device=device, dtype=low) for _ in range(2))
+    peak = 2 * 2048 ** 3 / medians({"gemm": lambda: a @ b}, 2.0, device)["gemm"]
+    found = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+             "torch": torch.__version__, "gemm_gflops": peak / 1e9}
+
+    # attention alone: one layer, with the layout of a training batch
+    qkv = [torch.randn(B, S, H, D, device=device, dtype=low).transpose(1, 2).requires_grad_() for _ in range(3)]
+    exact = [x.detach().float().requires_grad_() for x in qkv]
+    ours, grad = fastest(qkv[0], layout), torch.randn_like(qkv[0])
+    attend = {"ours": torch.compile(functools.partial(BACKENDS[ours], layout=layout), dynamic=False),
+              **{name: functools.partial(BACKENDS[name], layout=layout) for name in ["sdpa"] + ["flex"] * (device.type == "cuda")}}
+    backward = lambda f, x, g: torch.autograd.grad(f(*x), x, g)
+    variants = {name: functools.partial(f, *qkv) for name, f in attend.items()}
+    found["attention, forward"] = medians(variants, seconds, device)
+    variants = {name: functools.partial(backward, f, qkv, grad) for name, f in attend.items()}
+    variants["sdpa fp32"] = functools.partial(backward, attend["sdpa"], exact, grad.float())
+    found["attention, forward + backward"] = medians(variants, seconds, device)
+
+    # the whole program with other choices: backend, precision, compilation
+    torch.manual_seed(0)
+    tokenizer, model = sgt.VisionTokenizer(cfg).to(device).requires_grad_(False), sgt.UnifiedModel(cfg).to(device)
+    optimizer, scale = Optimizer(model, 0.0, 0.0), torch.ones((), device=device)     # rate 0: the weights stay
+    scenes = sgt.sample_scenes(cfg, "val", np.arange(64))
+    images, texts = sgt.render(cfg, scenes).image.to(device), [[1] + sgt.TEXT.encode("two red circles")] * 64
+    low_precision = CPU_BF16
+
+    def chosen(run, backend: str = "", bf16: bool = low_precision):
+        def wrapped():
+            global CHOSEN, CPU_BF16
+            CHOSEN, CPU_BF16 = backend, bf16
+            run()
+            CHOSEN, CPU_BF16 = "", low_precision
+        return wrapped
+
+    def step(block=sgt.Block.forward, loss=sgt.token_loss):
+        for p in model.parameters():
+            p.grad = None
+        parts = sgt.losses(model, tokenizer, batch, block, loss)
+        sum(parts.values()).backward()
+        optimizer.step(scale)
+    began = time.perf_counter()
+    fast, plain = (functools.partial(step, compiled(sgt.Block.forward), compiled(sgt.token_loss)) for _ in range(2))
+    fast()
+    found["first step, seconds"] = time.perf_counter() - began
+    found["train step"] = medians({"ours": fast, "compiled, sdpa": chosen(plain, "sdpa"), "eager, sdpa": chosen(step, "sdpa"),
+                                   "eager fp32, sdpa": chosen(step, "sdpa", False)}, 4 * seconds, device)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    found["share of the matrix rate"] = counter.get_total_flops() / found["train step"]["ours"] / peak
+    ask = lambda: sgt.answer(model, images, ["what color is the circle?"] * 64, 4)
+    picture = lambda: sgt.generate(model, tokenizer, texts, guidance=2.0)
+    for name, run in {"64 answers of 4 tokens": ask, "64 pictures, guidance": picture}.items():
+        found[name] = medians({"ours": run, "eager fp32, sdpa": chosen(run, "sdpa", False)}, seconds, device)
+    if device.type == "cuda":
+        found["peak memory, MB"] = torch.cuda.max_memory_allocated() / 1e6
+    elif sys.platform == "linux":
+        import resource                                               # not on Windows; other units on a Mac
+        found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return found
+
+def show(found: dict) -> str:
+    """The table: milliseconds, and how many times faster ours is."""
+    lines = [f"{found['device']}, torch {found['torch']}; matrix products at {found['gemm_gflops']:.0f} GFLOP/s"]
+    for what, times in found.items():
+        if isinstance(times, dict):
+            lines += [f"\n{what:34}{'ms':>9}{'ours is':>12}"]
+            lines += [f"  {name:32}{1000 * t:9.2f}{t / times['ours']:10.2f} ×" for name, t in times.items()]
+    return "\n".join(lines + [f"\ntrain step at {100 * found['share of the matrix rate']:.0f} % of the matrix rate; "
+                              f"first step, with compilation, {found['first step, seconds']:.0f} s"])
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="kernels.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("--check", action="store_true", help="compare every backend with float64")
+    p.add_argument("--bench", action="store_true", help="measure every backend, the train step and sampling")
+    p.add_argument("--json", action="store_true", help="print the benchmark for a program")
+    p.add_argument("--seconds", type=float, default=5.0, help="how long to measure each group (default: 5)")
+    args = p.parse_args(argv)
+    if not args.check and not args.bench:
+        p.error("nothing to do; give --check or --bench")
+    if args.check and check():
+        return 1
+    if args.bench:
+        found = bench(args.seconds)
+        print(json.dumps(found, indent=1) if args.json else show(found))
+    return 0
+
+if __name__ == "__main__":
+    import kernels                    # sgt.py imports this file as `kernels`: run that copy, so that there is only one
+    sys.exit(kernels.main())
