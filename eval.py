@@ -1,26 +1,41 @@
 """What a trained run understands, draws and segments, beside the baselines and ceilings that give the numbers meaning.
 
-    python eval.py runs/tiny              # print the table of a run
-    python eval.py runs/tiny --json       # the same facts for a program
-    python eval.py runs/tiny --again      # measure again instead of reading report.json
+    python eval.py runs/tiny                     # the tables of a run; its pictures are in report.html
+    python eval.py runs/seed0 runs/seed1         # several seeds: means, standard errors, the paper's claims
+    python eval.py runs/tiny --json              # the same facts for a program
+    python eval.py runs/tiny --again             # measure again instead of reading report.json
+    python eval.py runs/tiny --pope FILE.jsonl   # yes-or-no questions about your own pictures
+    python eval.py runs/tiny --export FILE.json  # drawn masks as COCO results; --export-scenes DIR: the scenes as COCO data
+    python eval.py runs/tiny --speed             # samples, answers and pictures a second
 
-    1. Judge           parse a picture back into objects, by synthesis       3. Metrics    questions, prompts, masks
-    2. Segmentation    colors → masks → panoptic quality                     4. Report     tables and the command line
+    1. Judge           parse a picture back into objects     5. One run     measure, tables
+    2. Segmentation    PQ, mIoU, COCO's AP                   6. Study       arms and seeds, tests, claims
+    3. Metrics         questions, POPE, prompts              7. Report      report.html
+    4. Mechanism       attention, linear probes              8. Commands    the command line
 """
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import html
+import io
 import json
 import math
+import re
 import sys
 from collections import Counter, namedtuple
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+import kernels
 import sgt
 from sgt import COLOR_NAMES, COLORS, PALETTE, QUESTIONS, SHAPES, TEXT, Config, Thing, UserError
 
@@ -136,7 +151,7 @@ def satisfied(prompt: Prompt, found: list[Thing]) -> bool:
     return any(sgt.relation(p, q) == sgt.relation(a, b) for p in found for q in found
                if p.shape == a.shape and q.shape == b.shape)
 
-# ==== 2. Segmentation: colors → masks → panoptic quality ====================================================
+# ==== 2. Segmentation: colors → masks → PQ, mIoU, AP ==========================================================
 
 def masks_of(target: Tensor, colors: int) -> list[Tensor]:
     """Instance masks in drawn targets (B, 3, P, P): nearest palette color, connected parts, tiny ones dropped."""
@@ -170,6 +185,52 @@ def panoptic_quality(predicted: list[Tensor], truth: list[Tensor]) -> dict[str, 
         return {"pq": 100.0, "sq": 100.0, "rq": 100.0, "miou": 100.0}
     sq, rq = iou_sum / max(matched, 1), matched / (matched + 0.5 * extra + 0.5 * missed)
     return {"pq": 100 * sq * rq, "sq": 100 * sq, "rq": 100 * rq, "miou": 100 * float(np.mean(best)) if best else 0.0}
+
+def as_coco(cfg: Config, instance: Tensor) -> dict:
+    """Instance maps (n, P, P) as a COCO data set without categories; annotation ids start at 1, because COCOeval takes
+    a match with annotation 0 for none.
+    """
+    images = [{"id": i, "width": instance.shape[2], "height": instance.shape[1], "file_name": f"{i:06d}.png"} for i in range(len(instance))]
+    found = [(i, m) for i, masks in enumerate(true_masks(instance)) for m in masks]
+    annotations = [{"id": 1 + j, "image_id": i, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), **encode_mask(m)}
+                   for j, (i, m) in enumerate(found)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
+
+def encode_mask(mask: Tensor) -> dict:
+    """A mask (P, P) bool as COCO's compressed run lengths, and its box [x, y, width, height]."""
+    rle = mask_tools.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    return {"segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}, "bbox": mask_tools.toBbox(rle).tolist()}
+
+def coco_results(predicted: list[Tensor], scores: list[list[float]]) -> list[dict]:
+    return [{"image_id": i, "category_id": 1, "score": score, **encode_mask(mask)}
+            for i, (masks, each) in enumerate(zip(predicted, scores)) for mask, score in zip(masks, each)]
+
+def average_precision(truth: dict, results: list[dict]) -> dict[str, float]:
+    """pycocotools' mask AP (mean over IoU 0.50:0.95), AP50 and AR of up to 100 masks, in percent, without classes. Nothing
+    to find: 100 if nothing was drawn, else 0.
+    """
+    if not truth["annotations"] or not results:
+        return dict.fromkeys(("ap", "ap50", "ar"), 100.0 * (not truth["annotations"] and not results))
+    with contextlib.redirect_stdout(io.StringIO()):                   # pycocotools talks
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        judged = COCOeval(coco, coco.loadRes(results), "segm")
+        judged.evaluate(), judged.accumulate(), judged.summarize()
+    return {"ap": 100 * judged.stats[0], "ap50": 100 * judged.stats[1], "ar": 100 * judged.stats[8]}
+
+def confidence(drawn: Tensor, masks: list[Tensor], colors: int) -> list[list[float]]:
+    """How surely each mask was painted: 1 minus the mean distance of its pixels to their palette color."""
+    palette = PALETTE[:colors + 1]
+    distance = (drawn.cpu()[:, None] - palette[:, :, None, None]).square().sum(2).min(1).values.sqrt()        # (n, P, P)
+    return [[round(1 - float(distance[i][m].mean()), 4) for m in each] for i, each in enumerate(masks)]
+
+def semantic_miou(cfg: Config, drawn: Tensor, category: Tensor) -> float:
+    """Mean IoU in percent of the classes that occur, background included, over all pictures together."""
+    said, classes = nearest(drawn.float().cpu(), PALETTE[:cfg.shapes + 1]), torch.arange(cfg.shapes + 1)[:, None, None, None]
+    both, either = ((said == classes) & (category == classes)), ((said == classes) | (category == classes))
+    either = either.flatten(1).sum(1)
+    return 100 * float((both.flatten(1).sum(1)[either > 0] / either[either > 0]).mean())
 
 # ==== 3. Metrics of a model =================================================================================
 
@@ -214,19 +275,91 @@ def summarize(by_kind: dict[str, float]) -> dict[str, float]:
     return {**{k: float(v) for k, v in by_kind.items()}, "perception": level("perception"),
             "reasoning": level("reasoning"), "average": float(np.mean([by_kind[k] for k in QUESTIONS]))}
 
-def understanding(model, items: list, batch: int = 250) -> dict[str, float]:
-    """Accuracy in percent by kind: the greedy answer must equal the true one to the letter."""
-    right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS}
-    device = model.embed.device
+def ask_all(model, items: list, batch: int = 250) -> list[str]:
+    """Greedy answers to (…, scenes, index, question, truth) items."""
+    said = []
     for start in range(0, len(items), batch):
         part = items[start:start + batch]
-        chunks = {id(scenes): scenes for _, scenes, *_ in part}
+        chunks = {id(item[-4]): item[-4] for item in part}
         rendered = {key: sgt.render(model.cfg, scenes).image for key, scenes in chunks.items()}
-        images = torch.stack([rendered[id(scenes)][b] for _, scenes, b, *_ in part])
-        given = sgt.answer(model, images.to(device), [question for *_, question, _ in part], limit=5)
-        for (kind, *_, truth), said in zip(part, given):
-            right[kind].append(said == truth)
-    return summarize({kind: 100 * np.mean(hits) for kind, hits in right.items()})
+        images = torch.stack([rendered[id(item[-4])][item[-3]] for item in part])
+        said += sgt.answer(model, images.to(model.embed.device), [item[-2] for item in part], limit=5)
+    return said
+
+def understanding(model, items: list) -> dict:
+    """Accuracy in percent by kind: the greedy answer must equal the true one to the letter. `hits` has every single one."""
+    right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS}
+    for (kind, *_, truth), said in zip(items, ask_all(model, items)):
+        right[kind].append(said == truth)
+    return {**summarize({kind: 100 * np.mean(hits) for kind, hits in right.items()}), "hits": bits(right)}
+
+def bits(hits: dict[str, list[bool]]) -> dict[str, str]:
+    return {kind: "".join("01"[h] for h in each) for kind, each in hits.items()}
+
+MEASURES = {"understanding": ("understanding", "average"), "perception": ("understanding", "perception"),
+            "reasoning": ("understanding", "reasoning"), "generation": ("generation", "average"),
+            "position": ("generation", "position")}
+
+def hits_of(entry: dict, measure: str) -> np.ndarray:
+    """0 or 1 for each question or prompt that a measure averages, always in the same order."""
+    part, which = MEASURES[measure]
+    kinds = entry[part]["hits"]
+    chosen = [k for k in kinds if which == "average" or k == which or QUESTIONS.get(k, ("",))[0] == which]
+    return np.array([int(c) for k in chosen for c in kinds[k]], np.float64)
+
+def pope_items(cfg: Config, negatives: str, total: int) -> list:
+    """POPE (arXiv 2305.10355) on scenes: of each, one thing that is there and one that is not: any ("random"), the
+    commonest in training ("popular"), or a color and a shape that are both there but not together ("adversarial").
+    """
+    every = [(c, s) for c in COLOR_NAMES[:cfg.colors] for s in sgt.SHAPE_NAMES[:cfg.shapes]]
+    train = sgt.sample_scenes(cfg, "train", np.arange(4000))
+    common = [pair for pair, _ in Counter((o.color, o.shape) for b in range(4000) for o in sgt.things(train, b)).most_common()]
+    items = []
+    for scenes in scene_stream(cfg, "val"):
+        for b in range(len(scenes)):
+            objects, rng = sgt.things(scenes, b), sgt.word_rng(scenes, b)
+            there = sorted({(o.color, o.shape) for o in objects})
+            mixed = sorted({(o.color, p.shape) for o in objects for p in objects} - set(there))
+            absent = {"random": [p for p in every if p not in there], "popular": [p for p in common if p not in there][:3],
+                      "adversarial": mixed}[negatives]
+            if absent:
+                for (color, shape), truth in ((rng.choice(there), "yes"), (rng.choice(absent), "no")):
+                    items.append((scenes, b, f"is there a {color} {shape}?", truth))
+            if len(items) >= total:
+                return items[:total]
+
+def pope_scores(truth: list[str], said: list[str]) -> dict[str, float]:
+    """POPE's metrics in percent. What is not "yes" counts as no; without any yes precision, recall and F1 are 0."""
+    yes, true = np.array([s == "yes" for s in said]), np.array([t == "yes" for t in truth])
+    hit = float((yes & true).sum())
+    precision, recall = hit / max(1, yes.sum()), hit / max(1, true.sum())
+    f1 = 2 * precision * recall / (precision + recall) if hit else 0.0
+    return {name: 100 * float(x) for name, x in dict(accuracy=(yes == true).mean(), precision=precision, recall=recall, f1=f1,
+                                                     yes=yes.mean()).items()}
+
+def pope_file(cfg: Config, path: str) -> tuple[list[Tensor], list[str], list[str]]:
+    """Images, questions and labels of a POPE-format JSONL file; image paths are relative to its folder."""
+    images, texts, labels = [], [], []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path} ({e.__class__.__name__}); give a JSONL file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            image, text, truth = entry["image"], entry.get("text") or entry["question"], entry["label"].strip().lower()
+            if truth not in ("yes", "no"):
+                raise ValueError(f"label {truth!r} is neither yes nor no")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path} line {number}: {e.__class__.__name__} {e}; give {{\"image\": …, \"text\": …, \"label\": \"yes\" or \"no\"}}") from None
+        images.append(sgt.read_image(str(Path(path).parent / image), cfg.image_size)[0][0])
+        texts.append(text.lower().strip())
+        labels.append(truth)
+    if not labels:
+        raise UserError(f"{path} holds no questions; give one JSON object a line")
+    return images, texts, labels
 
 def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
     """The same number of prompts of GenEval's six kinds, with a true picture (n, 3, P, P) of each."""
@@ -246,12 +379,36 @@ def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
         if not +need:
             return prompts, torch.stack(images)
 
-def score_pictures(cfg: Config, prompts: list[Prompt], images: Tensor) -> dict[str, float]:
-    """GenEval score in percent by kind, and the mean over kinds."""
-    found = judge(cfg, images)
-    score = {kind: 100 * float(np.mean([satisfied(p, f) for p, f in zip(prompts, found) if p.kind == kind]))
-             for kind in GENEVAL}
-    return {**score, "average": float(np.mean(list(score.values())))}
+def score_pictures(cfg: Config, prompts: list[Prompt], images: Tensor) -> dict:
+    """GenEval score in percent by kind, and the mean over kinds. Also, of the pictures of position prompts that show both
+    shapes (`layout_seen`, percent), how many pixels a centre is from where the words hold (`layout_error`).
+    """
+    found, hits, errors = judge(cfg, images), {kind: [] for kind in GENEVAL}, []
+    for p, f in zip(prompts, found):
+        hits[p.kind].append(satisfied(p, f))
+        if p.kind == "position":
+            errors.append(layout_error(p, f))
+    score, errors = {kind: 100 * float(np.mean(each)) for kind, each in hits.items()}, [e for e in errors if e is not None]
+    return {**score, "average": float(np.mean(list(score.values()))), "hits": bits(hits),
+            "layout_seen": 100 * len(errors) / max(1, len(hits["position"])), "layout_error": float(np.mean(errors)) if errors else None}
+
+def layout_error(prompt: Prompt, found: list[Thing]) -> float | None:
+    """How far (pixels) one of two objects must move, along the axis of the words, until they are true; 0 where they are;
+    None where one of the shapes is missing.
+    """
+    a, b = prompt.objects
+    pairs = [(p, q) for p in found for q in found if p.shape == a.shape and q.shape == b.shape]
+    if not pairs:
+        return None
+    word = sgt.relation(a, b)
+    axis = (lambda o: (o.x, o.y)) if word in ("left of", "right of") else (lambda o: (o.y, o.x))
+    sign = -1 if word in ("left of", "above") else 1
+
+    def distance(p: Thing, q: Thing) -> float:
+        (along_p, across_p), (along_q, across_q) = axis(p), axis(q)
+        needed = max(1.5 * abs(across_p - across_q), 1.0)             # the rule of `relation`
+        return 0.0 if sgt.relation(p, q) == word else max(0.0, needed - sign * (along_p - along_q))
+    return min(distance(p, q) for p, q in pairs)
 
 def judge_accuracy(cfg: Config, prompts: list[Prompt], images: Tensor) -> float:
     """Share of true pictures that the judge parses exactly: every object's color and shape, nothing else, within 1.5
@@ -268,60 +425,179 @@ def judge_accuracy(cfg: Config, prompts: list[Prompt], images: Tensor) -> float:
         return True
     return 100 * float(np.mean([exact(p.objects, f) for p, f in zip(prompts, judge(cfg, images))]))
 
-def segmentation(cfg: Config, model, tokenizer, name: str, total: int) -> dict[str, float]:
-    """Panoptic quality of what a model draws when asked for proxy `name`; without a model, of the true target sent
-    through the tokenizer (the ceiling).
+def drawn_targets(cfg: Config, model, tokenizer, name: str, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model draws of validation scenes when asked for proxy `name` (without a model the true target, sent through
+    the tokenizer: the ceiling), and the true instance and category maps.
     """
-    predicted, truth = [], []
+    drawn, instance, category = [], [], []
     for scenes in scene_stream(cfg, "val", min(total, 100)):
         rendered = sgt.render(cfg, scenes)
         source, prompts, target = sgt.proxy_batch(cfg, name, scenes, rendered)
-        if model is None:
-            drawn = tokenizer.decode(tokenizer.encode(target.to(tokenizer.place.device)))
-        else:
-            device = model.embed.device
-            drawn = sgt.generate(model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device), temperature=0.0)
-        predicted += masks_of(drawn, cfg.max_objects)
-        truth += true_masks(rendered.instance)
-        if len(truth) >= total:
-            return panoptic_quality(predicted[:total], truth[:total])
+        device = tokenizer.place.device
+        drawn.append(tokenizer.decode(tokenizer.encode(target.to(device))) if model is None else sgt.generate(
+            model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device), temperature=0.0))
+        instance.append(rendered.instance)
+        category.append(rendered.category)
+        if len(instance) * len(scenes) >= total:
+            return tuple(torch.cat(x)[:total].cpu() for x in (drawn, instance, category))
 
-# ==== 4. Report =============================================================================================
+def segmentation(cfg: Config, model, tokenizer, name: str, total: int) -> dict[str, float]:
+    """Panoptic quality, mIoU and COCO's AP of instance masks; of the proxy that paints classes their mIoU."""
+    drawn, instance, category = drawn_targets(cfg, model, tokenizer, name, total)
+    if name == "semantic":
+        return {"semantic_miou": semantic_miou(cfg, drawn, category)}
+    masks = masks_of(drawn, cfg.max_objects)
+    results = coco_results(masks, confidence(drawn, masks, cfg.max_objects))
+    return {**panoptic_quality(masks, true_masks(instance)), **average_precision(as_coco(cfg, instance), results)}
+
+# ==== 4. Mechanism: where the model looks, and what its features hold ========================================
+
+@contextlib.contextmanager
+def recorded_attention():
+    """Collect the attention weights (B, H, S, L) of every layer of the forward passes inside, read from the true queries
+    and keys. The reference recomputes the output as well, which must be what the model went on with.
+    """
+    seen, real = [], sgt.attention
+
+    def record(q, k, v, layout):
+        out = real(q, k, v, layout)
+        again, weights = kernels.attention_reference(q.float(), k.float(), v.float(), layout)
+        assert (again - out).abs().max() < 0.05 * again.abs().max() + 1e-3, "recorded weights are not those of the model"
+        seen.append(weights)
+        return out
+    sgt.attention = record
+    try:
+        yield seen
+    finally:
+        sgt.attention = real
+
+@torch.no_grad()
+def looks_at(cfg: Config, model, total: int = 200) -> dict[str, list[float]]:
+    """Per layer, in percent: how much of the attention of the last token of "what color is the SHAPE?" goes to the image,
+    how much of that falls on the object asked about, and the share of the image that the object covers (chance).
+    """
+    rows = [(q, scenes, b, a) for kind, scenes, b, q, a in questions(cfg, "val", total * len(QUESTIONS)) if kind == "color"]
+    image_share, object_share, area = [], [], []
+    for question, scenes, b, color in rows:
+        one = sgt.pick(scenes, slice(b, b + 1))
+        rendered = sgt.render(cfg, one)
+        target = next(o.index for o in sgt.things(one, 0) if o.color == color and o.shape in question)
+        cover = F.avg_pool2d((rendered.instance == target + 1).float()[:, None], cfg.see_patch).flatten()       # (U,)
+        with recorded_attention() as seen:
+            sgt.prefill(model, [TEXT.encode(question)], rendered.image.to(model.embed.device), 0)
+        on_patches = torch.stack([w[0, :, -1, :cfg.patches].mean(0).cpu() for w in seen])             # (layers, U)
+        image_share.append(on_patches.sum(1))
+        object_share.append((on_patches * (cover > 0)).sum(1) / on_patches.sum(1).clamp(min=1e-9))
+        area.append((cover > 0).float().mean())
+    mean = lambda x: (100 * torch.stack(x).mean(0)).tolist()
+    return {"image": mean(image_share), "object": mean(object_share), "chance": [mean(area)] * cfg.depth}
+
+KEYWORDS = {"object": [w for s in SHAPES for w in (s, sgt.plural(s))], "color": COLOR_NAMES, "number": sgt.NUMBERS,
+            "position": ["left", "right", "above", "below", "of"]}
+
+@torch.no_grad()
+def listens_to(cfg: Config, model, tokenizer, prompts: list[Prompt]) -> dict[str, float]:
+    """How the attention that image tokens pay to the prompt spreads over its kinds of words, in percent, mean over layers,
+    in the first step of a drawing, when every token is masked.
+    """
+    kind_of = {TEXT.encode(word)[0]: kind for kind, words in KEYWORDS.items() for word in words}
+    share = Counter()
+    for prompt in prompts:
+        ids = [TEXT.BOS] + TEXT.encode(prompt.text)
+        with recorded_attention() as seen:
+            sgt.generate(model, tokenizer, [ids], steps=1, temperature=0.0)
+        on_words = torch.stack([w[0].mean((0, 1))[:len(ids)].cpu() for w in seen[cfg.depth:]]).mean(0)     # (T,)
+        for token, weight in zip(ids[1:], (on_words[1:] / on_words[1:].sum()).tolist()):
+            share[kind_of.get(token, "other")] += 100 * weight / len(prompts)
+    return {kind: share[kind] for kind in [*KEYWORDS, "other"]}
+
+@torch.no_grad()
+def patch_features(cfg: Config, model, scenes: sgt.Scenes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the understanding patches hold at each layer, (layers + 1, B, U, D), and what they show: shape, color (B, U),
+    0 where no object covers a twentieth of the patch, and the number of objects (B,).
+    """
+    rendered, states = sgt.render(cfg, scenes), []
+    block = lambda weights, x, *rest: states.append(x[:, :cfg.patches].float().cpu()) or sgt.Block.forward(weights, x, *rest)
+    rows = sgt.Rows(cfg, len(scenes), cfg.patches + 1)
+    for b in range(len(scenes)):
+        rows.add(b, 0, [TEXT.BOS], patches=True)
+    ids, slots, positions, layout = (x.to(model.embed.device) for x in rows.tensors())
+    features = model.see(rendered.image.to(model.embed.device))
+    x = model.embed_rows(ids, slots, features, torch.from_numpy(np.concatenate(rows.patch_at)).to(ids.device))
+    states.append(model.trunk(x, positions, layout, block=block)[:, :cfg.patches].float().cpu())
+    p, M = cfg.see_patch, scenes.shape.shape[1]
+    cover = torch.stack([F.avg_pool2d((rendered.instance == m).float()[:, None], p).flatten(1) for m in range(1, M + 1)], -1)
+    amount, which = cover.max(-1)                                                                 # (B, U)
+    label = lambda values: torch.where(amount > 0.05, torch.from_numpy(values).gather(1, which) + 1, 0)
+    return torch.stack(states), label(scenes.shape), label(scenes.color), torch.from_numpy(scenes.count)
+
+def probe(x: Tensor, y: Tensor, classes: int) -> float:
+    """Accuracy in percent, on the second half, of a linear classifier fitted to the first by ridge regression on one-hot
+    targets; x (n, D), y (n,).
+    """
+    x = torch.cat([(x - x.mean(0)) / (x.std(0) + 1e-6), torch.ones(len(x), 1)], 1).double()
+    half = len(x) // 2
+    fit, target = x[:half], F.one_hot(y[:half].long(), classes).double()
+    weight = torch.linalg.solve(fit.T @ fit + 0.01 * half * torch.eye(x.shape[1], dtype=torch.float64), fit.T @ target)
+    return 100 * float(((x[half:] @ weight).argmax(1) == y[half:]).double().mean())
+
+def separability(cfg: Config, model, total: int = 400) -> dict:
+    """Linear probes at every layer: shape and color of a patch that shows an object, and the number of objects from the
+    mean of all patches; with the majority class, and two principal components of the last layer for a picture.
+    """
+    states, shape, color, count = patch_features(cfg, model, sgt.sample_scenes(cfg, "val", np.arange(total)))
+    on, D = (shape > 0).flatten(), states.shape[-1]
+    tasks = {"shape": (shape.flatten()[on] - 1, cfg.shapes), "color": (color.flatten()[on] - 1, cfg.colors),
+             "count": (count - 1, cfg.max_objects)}
+    found = {name: [probe(layer.reshape(-1, D)[on] if name != "count" else layer.mean(1), y, n) for layer in states]
+             for name, (y, n) in tasks.items()}
+    majority = {name: 100 * float(y.bincount().max() / len(y)) for name, (y, _) in tasks.items()}
+    last = states[-1].reshape(-1, D)[on]
+    points = (last - last.mean(0)) @ torch.pca_lowrank(last, 2, niter=4)[2]                       # (n, 2)
+    return {"probes": found, "majority": majority, "points": points[:400].tolist(), "shapes": tasks["shape"][0][:400].tolist()}
+
+# ==== 5. One run ============================================================================================
 
 def evaluate(run: sgt.Run, device: torch.device) -> dict:
-    """Measure every finished model of a run; write and return report.json (and report.md)."""
+    """Measure every finished model of a run; write report.json, report.md and report.html; return the report."""
     cfg = run.config()
     items = questions(cfg, "val", cfg.eval_questions)
+    pope = {kind: pope_items(cfg, kind, cfg.eval_questions // 5) for kind in ("random", "popular", "adversarial")}
     prompts, pictures = geneval_prompts(cfg, cfg.eval_prompts)
     _, tokenizer, _, _ = sgt.load_run(run, "base", device)
     round_trip = torch.cat([tokenizer.decode(tokenizer.encode(p.to(device))).cpu() for p in pictures.split(250)])
     report = {
         "run": run.folder.name, "seed": cfg.seed, "torch": torch.__version__, "device": str(device),
-        "questions": len(items), "prompts": len(prompts), "masks": cfg.eval_masks,
+        "config": dataclasses.asdict(cfg), "questions": len(items), "prompts": len(prompts), "masks": cfg.eval_masks,
         "blind": blind_baselines(cfg, items),
         "judge": {"exact": judge_accuracy(cfg, prompts, pictures), **score_pictures(cfg, prompts, pictures)},
         "tokenizer": {"exact": judge_accuracy(cfg, prompts, round_trip), **score_pictures(cfg, prompts, round_trip)},
-        "mask_ceiling": segmentation(cfg, None, tokenizer, "instance", cfg.eval_masks),
-        "models": {},
+        "mask_ceiling": segmentation(cfg, None, tokenizer, "instance", cfg.eval_masks), "models": {}, "mechanism": {},
     }
     # the picture beside the numbers: eight scenes cut up, eight prompts drawn, by every model
     val = sgt.sample_scenes(cfg, "grid", np.arange(8))
     rendered, segment = sgt.render(cfg, val), TEXT.encode(sgt.PROXIES["instance"].prompts[0])
     seen, shown = rendered.image.to(device), [len(prompts) * i // 8 for i in range(8)]
-    cut, free = [("input", seen, None), ("true masks", sgt.instance(cfg, val, rendered), None)], []
+    cut, free, looking = [("input", seen, None), ("true masks", sgt.instance(cfg, val, rendered), None)], [], {}
     for arm in ["base", *cfg.arms]:
         _, _, model, _ = sgt.load_run(run, arm, device)
         print(f"measuring {arm} …", flush=True)
         ids = [[TEXT.BOS] + TEXT.encode(p.text) for p in prompts]
         drawn = [sgt.generate(model, tokenizer, ids[i:i + 100], guidance=cfg.guidance, seed=i).cpu()
                  for i in range(0, len(ids), 100)]
-        entry = {"understanding": understanding(model, items), "generation": score_pictures(cfg, prompts, torch.cat(drawn))}
-        if arm in ("instance", "shuffled"):
+        entry = {"understanding": understanding(model, items), "generation": score_pictures(cfg, prompts, torch.cat(drawn)),
+                 "pope": {kind: pope_scores([truth for *_, truth in asked], ask_all(model, asked)) for kind, asked in pope.items()}}
+        if arm in ("instance", "shuffled", "semantic"):
             entry["segmentation"] = segmentation(cfg, model, tokenizer, arm, cfg.eval_masks)
         report["models"][arm] = entry
+        report["mechanism"][arm] = {"looks_at": looks_at(cfg, model), "separability": separability(cfg, model),
+                                    "listens_to": listens_to(cfg, model, tokenizer, prompts[::4])}
+        looking[arm] = model, int(np.argmax(report["mechanism"][arm]["looks_at"]["object"]))
         cut.append((f"{label(arm)}: masks", sgt.generate(model, tokenizer, [segment] * 8, seen, temperature=0.0), None))
         free.append((f"{label(arm)}: drawn", torch.cat(drawn)[shown], [prompts[i].text for i in shown]))
     run.write("samples/comparison.png", sgt.picture_grid(cut + free))
+    run.write("samples/attention.png", attention_maps(cfg, looking))
+    write_html(run, report)
     run.write("report.md", (markdown(report) + "\n").encode())
     run.write("report.json", json.dumps(report, indent=1).encode())
     return report
@@ -339,74 +615,337 @@ def table(head: list[str], rows: list[list]) -> str:
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 def markdown(report: dict) -> str:
-    """The three tables of a report, and the comparison that the run was made for."""
+    """The tables of a report, and the comparison that the run was made for."""
     models, blind = report["models"], report["blind"]
-    arms = list(models)
-    kinds = [*QUESTIONS, "perception", "reasoning", "average"]
-    out = [f"Understanding: accuracy in %, {report['questions']} questions",
-           table(["question", "majority", "question only", *map(label, arms)],
-                 [[k, blind["majority"][k], blind["question_only"][k], *(models[a]["understanding"][k] for a in arms)]
-                  for k in kinds]),
+    arms, names = list(models), [label(arm) for arm in models]
+    of = lambda part, key: [models[a][part][key] for a in arms]
+    pope = lambda kind, key: [models[a]["pope"][kind][key] for a in arms]
+    error = 100 * math.sqrt(0.25 / report["questions"])
+    out = [f"Understanding: accuracy in %, {report['questions']} questions (standard error of an average at most {error:.1f}, "
+           f"of a kind {error * math.sqrt(len(QUESTIONS)):.1f})",
+           table(["question", "majority", "question only", *names],
+                 [[k, blind["majority"][k], blind["question_only"][k], *of("understanding", k)]
+                  for k in [*QUESTIONS, "perception", "reasoning", "average"]]),
+           "\nExistence by POPE: yes or no, half and half, in %",
+           table(["negatives", "metric", *names], [[kind, metric, *pope(kind, metric)] for kind in ("random", "popular", "adversarial")
+                 for metric in ("accuracy", "precision", "recall", "f1", "yes")]),
            f"\nGeneration: pictures that show what was asked, in %, {report['prompts']} prompts",
-           table(["prompt", "judge", "ceiling", *map(label, arms)],
-                 [[k, report["judge"][k], report["tokenizer"][k], *(models[a]["generation"][k] for a in arms)]
-                  for k in [*GENEVAL, "average"]]),
+           table(["prompt", "judge", "ceiling", *names],
+                 [[k, report["judge"][k], report["tokenizer"][k], *of("generation", k)] for k in [*GENEVAL, "average"]]
+                 + [["layout error, px", *(x["layout_error"] for x in (report["judge"], report["tokenizer"])), *of("generation", "layout_error")]]),
            f"(judge: on true pictures, of which it parses {report['judge']['exact']:.1f} % exactly; "
            "ceiling: on true pictures after a round trip through the tokenizer)"]
-    segmented = [a for a in arms if "segmentation" in models[a]]
+    segmented = [a for a in arms if "pq" in models[a].get("segmentation", {})]
     if segmented:
         out += [f"\nSegmentation: class-agnostic instances, 0-100, {report['masks']} scenes",
                 table(["measure", "ceiling", *map(label, segmented)],
-                      [[m.upper().replace("MIOU", "mIoU"), report["mask_ceiling"][m],
-                        *(models[a]["segmentation"][m] for a in segmented)] for m in ("pq", "sq", "rq", "miou")])]
-    if "none" in models:
-        out.append("")
-        for arm in arms:
-            if arm not in ("base", "none"):
-                out.append(f"{label(arm)} against SFT, one seed: " + compare(report, arm) + ".")
+                      [[m.upper().replace("MIOU", "mIoU"), report["mask_ceiling"][m], *(models[a]["segmentation"][m] for a in segmented)]
+                       for m in ("pq", "sq", "rq", "miou", "ap", "ap50", "ar")])]
+    if "semantic" in models:
+        out.append(f"semantic: mIoU of classes {models['semantic']['segmentation']['semantic_miou']:.1f}")
+    if "none" in models and len(arms) > 2:
+        out += [""] + [f"{label(arm)} against SFT, one seed: " + compare(report, arm) + "." for arm in arms if arm not in ("base", "none")]
     return "\n".join(out)
 
 def compare(report: dict, arm: str) -> str:
-    """Differences to the SFT control in words. The standard errors are those of two independent samples: a little wide, as
-    both models answer the same questions.
-    """
-    def one(part: str, key: str, n: int) -> str:
-        a, b = report["models"][arm][part][key], report["models"]["none"][part][key]
-        error = 100 * math.sqrt(sum(p * (1 - p) for p in (a / 100, b / 100)) / n)
-        return f"{a - b:+.1f} ± {error:.1f}"
-    n, kinds = report["questions"], len(QUESTIONS)
-    levels = Counter(level for level, _ in QUESTIONS.values())
-    return (f"understanding {one('understanding', 'average', n)} "
-            f"(perception {one('understanding', 'perception', n * levels['perception'] // kinds)}, "
-            f"reasoning {one('understanding', 'reasoning', n * levels['reasoning'] // kinds)}), "
-            f"generation {one('generation', 'average', report['prompts'])}")
+    """Paired differences to the SFT control in words, ± their standard error over questions and prompts."""
+    def one(measure: str) -> str:
+        d = 100 * (hits_of(report["models"][arm], measure) - hits_of(report["models"]["none"], measure))
+        return f"{measure} {d.mean():+.1f} ± {d.std() / math.sqrt(len(d)):.1f}"
+    return ", ".join(map(one, ("understanding", "perception", "reasoning", "generation", "position")))
 
-def show(run: sgt.Run) -> str:
+def read_report(run: sgt.Run) -> dict:
     try:
-        return markdown(json.loads((run.folder / "report.json").read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        report = json.loads((run.folder / "report.json").read_text())
+        markdown(report)                           # whatever is missing shows here
+        return report
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{run.folder} has no readable report.json ({e.__class__.__name__}); "
                         f"make one with: python eval.py {run.folder} --again") from None
+
+def show(run: sgt.Run) -> str:
+    return markdown(read_report(run)) + f"\n\nPictures, curves and attention maps: {run.folder}/report.html"
+
+# ==== 6. Study: several arms, several seeds ==================================================================
+
+def permutation_test(differences: np.ndarray, rounds: int = 10000) -> float:
+    """Two-sided p of a mean of paired differences (n,) against signs flipped at random."""
+    differences = differences[differences != 0]
+    if not len(differences):
+        return 1.0
+    flips = np.random.default_rng(0).binomial(len(differences), 0.5, rounds) if len(set(abs(differences))) == 1 else None
+    if flips is not None:                          # all of one size: only how many are positive counts
+        means = abs(2 * flips - len(differences))
+        return float((1 + (means >= abs((differences > 0).sum() * 2 - len(differences))).sum()) / (1 + rounds))
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (rounds, len(differences)))
+    return float((1 + (abs(signs @ differences) >= abs(differences.sum()) - 1e-9).sum()) / (1 + rounds))
+
+def study(reports: list[dict]) -> str:
+    """The paper's table over one or several runs (seeds), and one sentence for each of its claims."""
+    arms = [a for a in ["base", *sgt.PROXIES] if all(a in r["models"] for r in reports)]
+    if "none" not in arms or len(arms) < 3:
+        raise UserError("a study needs runs that share the arm none and at least one proxy; train with --proxies none,instance,…")
+    n = len(reports)
+    values = lambda arm, measure: np.array([r["models"][arm][MEASURES[measure][0]][MEASURES[measure][1]] for r in reports])
+    spread = lambda x: f"{x.mean():.1f}" + (f" ± {x.std(ddof=1) / math.sqrt(n):.1f}" if n > 1 else "")
+
+    def against(a: list[str], b: list[str], measure: str) -> tuple[float, float]:
+        """Mean difference of two groups of arms in points, and its p over all questions of all seeds."""
+        mean = lambda group: np.concatenate([np.mean([hits_of(r["models"][x], measure) for x in group], 0) for r in reports])
+        d = mean(a) - mean(b)
+        return 100 * d.mean(), permutation_test(d)
+    rows = []
+    for arm in arms:
+        pq = [r["models"][arm]["segmentation"]["pq"] for r in reports if "segmentation" in r["models"][arm]]
+        difference = ["", ""] if arm in ("base", "none") else [f"{d:+.1f} (p {p:.3f})" for d, p in (
+            against([arm], ["none"], "understanding"), against([arm], ["none"], "generation"))]
+        rows.append([{"base": "", "none": ""}.get(arm, sgt.PROXIES[arm].level if arm in sgt.PROXIES else ""), label(arm),
+                     *(spread(values(arm, m)) for m in MEASURES), spread(np.array(pq)) if len(pq) == n else "–", *difference])
+    of_level = lambda level: [a for a in arms if a in sgt.PROXIES and sgt.PROXIES[a].level == level]
+    high, lower, drawn = of_level("high"), of_level("mid") + of_level("low"), [a for a in arms if a not in ("base", "none", "shuffled")]
+
+    def verdict(claim: str, tests: list[tuple[list[str], list[str], str, int]]) -> str:
+        """tests: (arms, other arms, measure, wanted sign; 0 = no difference wanted)."""
+        said, states = [], []
+        for a, b, measure, sign in tests:
+            if not a or not b:
+                return f"- {claim}: not measured (no such arm)."
+            d, p = against(a, b, measure)
+            states.append("holds" if (p < 0.05 and d * sign > 0) else "does not hold" if p < 0.05 else
+                          "not resolved" if sign else "holds")
+            said.append(f"{measure} {d:+.1f}, p {p:.3f}")
+        state = next((s for s in ("does not hold", "not resolved") if s in states), "holds")
+        return f"- {claim}: **{state}** ({'; '.join(said)})."
+    sgt_arm = ["instance"] if "instance" in arms else high[:1]
+    claims = [verdict("High-level proxies help understanding more than mid- and low-level ones", [(high, lower, "understanding", 1)]),
+              verdict("Segmentation helps understanding more than replay alone (SFT)", [(sgt_arm, ["none"], "understanding", 1)]),
+              verdict("It is perception that improves, not reasoning", [(sgt_arm, ["none"], "perception", 1),
+                                                                       (sgt_arm, ["none"], "reasoning", 0)]),
+              verdict("Proxies improve the placing of objects in generation", [(drawn, ["none"], "position", 1)]),
+              verdict("Replay alone lowers generation below the base model", [(["none"], ["base"], "generation", -1)]),
+              verdict("Masks of the right image teach more than masks of another", [(sgt_arm, ["shuffled"] if "shuffled" in arms else [],
+                                                                                    "understanding", 1)])]
+    seeds = f"{n} seed{'s' * (n > 1)} ({', '.join(str(r['seed']) for r in reports)})"
+    head = ["level", "arm", *MEASURES, "PQ", "Δ understanding", "Δ generation"]
+    return (f"{seeds}; {reports[0]['questions']} questions and {reports[0]['prompts']} prompts each; mean"
+            f"{' ± standard error over seeds' * (n > 1)}; Δ against SFT, paired over questions and prompts\n{table(head, rows)}\n\n"
+            + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does not know how another seed "
+            "would have turned out, for that see the standard errors.")
+
+def sweep(reports: list[dict]) -> str:
+    """Runs that differ in more than the seed: a line for each arm of each setting, seeds of one setting averaged."""
+    settings = [{k: v for k, v in r["config"].items() if k not in sgt.NOT_PART_OF_A_RUN | {"seed"}} for r in reports]
+    varied = [k for k in settings[0] if len({json.dumps(each.get(k)) for each in settings}) > 1]
+    if {"shapes", "colors", "max_objects", "eval_questions", "eval_prompts"} & set(varied):
+        raise UserError(f"the runs are measured on different questions or worlds ({', '.join(varied)}); compare runs that agree in these")
+    same = lambda each: tuple(each[k] for k in varied)
+    if len({(same(each), r["seed"]) for each, r in zip(settings, reports)}) < len(reports):
+        raise UserError("two of the runs have the same settings and seed; name each run once")
+    if not varied:
+        return study(reports)
+    rows = []
+    for setting in dict.fromkeys(map(same, settings)):
+        group = [r for r, each in zip(reports, settings) if same(each) == setting]
+        for arm in group[0]["models"]:
+            if all(arm in r["models"] for r in group):
+                of = lambda part, key: float(np.mean([r["models"][arm][part][key] for r in group]))
+                rows.append([*map(str, setting), len(group), label(arm), *(of(*MEASURES[m]) for m in MEASURES)])
+    return table([*varied, "seeds", "arm", *MEASURES], rows)
+
+# ==== 7. report.html ========================================================================================
+
+INK = ["#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#148f77", "#a04000", "#34495e"]
+
+def svg_lines(title: str, series: dict[str, list[tuple[float, float]]], low: float | None = None) -> str:
+    """A line chart as inline SVG: name → points (x, y)."""
+    series = {name: points for name, points in series.items() if points}
+    xs, ys = [x for p in series.values() for x, _ in p], [y for p in series.values() for _, y in p]
+    left, right, bottom, top = min(xs), max(max(xs), min(xs) + 1e-9), min(ys) if low is None else low, max(ys)
+    top = max(top, bottom + 1e-9)
+    at = lambda x, y: f"{44 + 340 * (x - left) / (right - left):.1f},{170 - 150 * (y - bottom) / (top - bottom):.1f}"
+    out = [f'<figure><svg viewBox="0 0 400 {190 + 14 * len(series)}" role="img"><text x="44" y="12" class="t">{title}</text>',
+           f'<path d="M44,20V170H384" class="a"/><text x="40" y="26" class="r">{top:.3g}</text>'
+           f'<text x="40" y="170" class="r">{bottom:.3g}</text><text x="44" y="183">{left:.4g}</text><text x="384" y="183" class="r">{right:.4g}</text>']
+    for i, (name, points) in enumerate(series.items()):
+        color = INK[i % len(INK)]
+        out.append(f'<polyline points="{" ".join(at(*p) for p in points)}" fill="none" stroke="{color}" stroke-width="1.6"/>'
+                   f'<text x="56" y="{200 + 14 * i}" fill="{color}">{name}</text>')
+    return "".join(out) + "</svg></figure>"
+
+def svg_points(title: str, points: list[list[float]], classes: list[int], names: list[str]) -> str:
+    """A scatter plot as inline SVG, one color a class."""
+    p = np.array(points)
+    p = (p - p.min(0)) / (p.max(0) - p.min(0) + 1e-9)
+    dots = "".join(f'<circle cx="{20 + 360 * x:.1f}" cy="{180 - 155 * y:.1f}" r="2.4" fill="{INK[c]}"/>' for (x, y), c in zip(p, classes))
+    keys = "".join(f'<text x="{20 + 62 * i}" y="200" fill="{INK[i]}">{name}</text>' for i, name in enumerate(names))
+    return f'<figure><svg viewBox="0 0 400 206" role="img"><text x="20" y="12" class="t">{title}</text>{dots}{keys}</svg></figure>'
+
+@torch.no_grad()
+def attention_maps(cfg: Config, models: dict, n: int = 6) -> bytes:
+    """Where each model looks when asked for a color: the attention of the question's last token to the patches, mean over
+    heads, at the layer that looks most at the object asked about; a PNG.
+    """
+    chosen = [(q, s, b) for kind, s, b, q, _ in questions(cfg, "val", 2000) if kind == "color" and s.count[b] > 2][:n]
+    seen = torch.cat([sgt.render(cfg, sgt.pick(s, slice(b, b + 1))).image for _, s, b in chosen])
+    rows = [("asked", seen, [q for q, _, _ in chosen])]
+    for arm, (model, layer) in models.items():
+        with recorded_attention() as found:
+            for i, (question, _, _) in enumerate(chosen):
+                sgt.prefill(model, [TEXT.encode(question)], seen[i:i + 1].to(model.embed.device), 0)
+        heat = torch.stack([w[0, :, -1, :cfg.patches].mean(0).cpu() for w in found[layer::cfg.depth]])               # (n, U)
+        heat = (heat / heat.max(1, keepdim=True).values).view(-1, 1, cfg.see_grid, cfg.see_grid)
+        rows.append((f"{label(arm)}, layer {layer + 1}", seen * (0.15 + 0.85 * F.interpolate(heat, cfg.image_size)), None))
+    return sgt.picture_grid(rows)
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.5rem}
+h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.15rem .6rem;
+text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}img{max-width:100%;
+image-rendering:pixelated}figure{display:inline-block;width:min(26rem,100%);margin:.5rem 0}svg text{font:11px system-ui,sans-serif}
+svg .t{font-weight:600}svg .a{fill:none;stroke:#999}svg .r{text-anchor:end}"""
+
+def html_of(markdown_text: str) -> str:
+    """Tables and paragraphs of the Markdown that this file writes."""
+    out, rows = [], []
+    for line in [*html.escape(markdown_text).splitlines(), ""]:
+        line = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", line)
+        if line.startswith("|"):
+            cell = "td" if rows else "th"
+            if not line.startswith("|-"):
+                rows.append("<tr>" + "".join(f"<{cell}>{c.strip()}</{cell}>" for c in line.strip("|").split("|")) + "</tr>")
+            continue
+        if rows:
+            out.append(f'<div class="wide"><table>{"".join(rows)}</table></div>')
+            rows = []
+        if line:
+            out.append(f"<p>{line}</p>")
+    return "\n".join(out)
+
+def picture(name: str, data: bytes) -> str:
+    return f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+def write_html(run: sgt.Run, report: dict) -> None:
+    """report.html: one file with everything in it, no script, nothing from elsewhere."""
+    log, curves, arms = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()], [], report["mechanism"]
+    for stage in dict.fromkeys(line["stage"] for line in log):
+        lines = [line for line in log if line["stage"] == stage]
+        names = [k for k in lines[0] if k not in ("stage", "step", "seconds")]
+        curves.append(svg_lines(f"loss: {label(stage)}", {k: [(line["step"], min(line[k], 8)) for line in lines] for k in names}, 0.0))
+    by_layer = lambda key, part: {label(a): list(enumerate(m[key][part], 1)) for a, m in arms.items()}
+    first = next(iter(arms.values()))
+    look = {**by_layer("looks_at", "object"), "chance": list(enumerate(first["looks_at"]["chance"], 1))}
+    layers = [svg_lines("attention of the answer on the image, % by layer", by_layer("looks_at", "image"), 0.0),
+              svg_lines("… of that on the object asked about, %", look, 0.0)]
+    for task, majority in first["separability"]["majority"].items():
+        lines = {label(a): list(enumerate(m["separability"]["probes"][task])) for a, m in arms.items()}
+        layers.append(svg_lines(f"linear probe for {task}, % by layer (majority {majority:.0f})", lines))
+    last = list(arms)[-1]
+    s = arms[last]["separability"]
+    layers.append(svg_points(f"patches of the last layer, {label(last)}, by shape", s["points"], s["shapes"], sgt.SHAPE_NAMES[:max(s["shapes"]) + 1]))
+    words = table(["share of prompt attention, %", *first["listens_to"]],
+                  [[label(a), *m["listens_to"].values()] for a, m in arms.items()])
+    samples = [picture(f"{label(p.name.split('_')[0])}: samples at step {int(p.stem.split('_')[1])}", p.read_bytes())
+               for p in sorted((run.folder / "samples").glob("*_*.png")) if p.stem.split("_")[1] != "000000"]
+    body = [f"<h1>{html.escape(run.folder.name)}: seed {report['seed']}, {report['device']}, torch {report['torch']}</h1>",
+            html_of(markdown(report)), picture("The same scenes and prompts, by every model", (run.folder / "samples/comparison.png").read_bytes()),
+            picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()), "<h2>Layers</h2>", *layers, html_of(words), "<h2>Training</h2>", *curves, *samples]
+    page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+            f"<title>{html.escape(run.folder.name)}</title><style>{STYLE}</style>" + "\n".join(body))
+    run.write("report.html", page.encode())
+
+# ==== 8. Commands ===========================================================================================
+
+def export_scenes(cfg: Config, folder: Path, count: int) -> str:
+    """Validation scenes as a COCO data set: images/, instances.json (classes are shapes) and captions.json."""
+    if folder.exists():
+        raise UserError(f"{folder} is there already; choose another --export-scenes")
+    scenes = sgt.sample_scenes(cfg, "val", np.arange(count))
+    rendered, out = sgt.render(cfg, scenes), sgt.Run(folder)
+    truth = as_coco(cfg, rendered.instance)
+    truth["categories"] = [{"id": 1 + i, "name": name} for i, name in enumerate(sgt.SHAPE_NAMES[:cfg.shapes])]
+    index = iter(truth["annotations"])
+    for i in range(count):
+        for m in rendered.instance[i].unique():
+            if m > 0:
+                next(index)["category_id"] = 1 + int(scenes.shape[i, m - 1])
+        png = io.BytesIO()
+        sgt.to_pil(rendered.image[i]).save(png, "PNG")
+        out.write(f"images/{i:06d}.png", png.getvalue())
+    texts = [list(sgt.captions(sgt.things(scenes, i)).values()) for i in range(count)]
+    captions = [{"id": 1 + j, "image_id": i, "caption": t} for j, (i, t) in enumerate((i, t) for i, ts in enumerate(texts) for t in ts)]
+    out.write("captions.json", json.dumps({"images": truth["images"], "annotations": captions}).encode())
+    out.write("instances.json", json.dumps(truth).encode())
+    return f"wrote {count} scenes with {len(truth['annotations'])} masks to {folder}"
+
+def speed(cfg: Config, seconds: float = 4.0) -> str:
+    """Throughput of a run's model, beside plain eager fp32 PyTorch, in one process; weights do not matter for it."""
+    found = kernels.bench(seconds, cfg)
+    rows = [("training samples", "train step", cfg.vqa_batch + cfg.t2i_batch), ("answers", "64 answers of 4 tokens", 64),
+            ("pictures", "64 pictures, guidance", 64)]
+    lines = [[f"{what} a second", *(n / found[key][which] for which in ("ours", "eager fp32, sdpa")),
+              found[key]["eager fp32, sdpa"] / found[key]["ours"]] for what, key, n in rows]
+    return (f"{found['device']}, torch {found['torch']}\n" + table(["", "ours", "eager fp32, SDPA", "ratio"], lines)
+            + f"\ntrain step at {100 * found['share of the matrix rate']:.0f} % of the matrix rate of {found['gemm_gflops']:.0f} GFLOP/s; "
+            f"first step {found['first step, seconds']:.0f} s" + "".join(f"; {k.split(',')[0]} {v:.0f} MB" for k, v in found.items() if "MB" in k))
 
 def main(argv: list[str] | None = None) -> int:
     try:
         p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-        p.add_argument("run", nargs="?", help="folder of a run, or its name under runs/; default: the newest")
+        p.add_argument("run", nargs="*", help="folders of runs, or their names under runs/; default: the newest")
         p.add_argument("--json", action="store_true", help="print report.json instead of tables")
         p.add_argument("--again", action="store_true", help="measure again, on --device")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        p.add_argument("--pope", metavar="FILE", help="ask the models the questions of a POPE-format JSONL file")
+        p.add_argument("--export", metavar="FILE", help="write the masks that --model draws of the validation scenes as COCO results")
+        p.add_argument("--model", metavar="NAME", default="instance", help="which arm --export uses (default: instance)")
+        p.add_argument("--export-scenes", metavar="DIR", help="write the scenes as a COCO data set")
+        p.add_argument("--speed", action="store_true", help="measure throughput")
         args = p.parse_args(argv)
-        run = sgt.find_run(args.run)
-        cfg = dataclasses.replace(run.config(), device=args.device)
+        runs = [sgt.find_run(name) for name in args.run] or [sgt.find_run(None)]
+        cfg = dataclasses.replace(runs[0].config(), device=args.device)
         cfg.validate()
-        missing = [name for name in ["tokenizer", "base", *cfg.arms] if not run.done(name)]
-        if missing:
-            raise UserError(f"{run.folder} is not finished ({', '.join(missing)} missing); go on with: python sgt.py --train")
-        if args.again or not (run.folder / "report.json").exists():
-            with contextlib.redirect_stdout(sys.stderr):
-                evaluate(run, sgt.choose_device(cfg)[0])
-        text = show(run)
-        print((run.folder / "report.json").read_text() if args.json else text)
+        device = sgt.choose_device(cfg)[0]
+        if args.speed:
+            print(speed(cfg))
+            return 0
+        if args.export_scenes:
+            print(export_scenes(cfg, Path(args.export_scenes), cfg.eval_masks))
+            return 0
+        for run in runs:
+            missing = [name for name in ["tokenizer", "base", *run.config().arms] if not run.done(name)]
+            if missing:
+                raise UserError(f"{run.folder} is not finished ({', '.join(missing)} missing); go on with: python sgt.py --train")
+        if args.pope:
+            images, texts, truth = pope_file(cfg, args.pope)
+            scores = {}
+            for arm in ["base", *cfg.arms]:
+                model = sgt.load_run(runs[0], arm, device)[2]
+                said = [a for i in range(0, len(texts), 250) for a in
+                        sgt.answer(model, torch.stack(images[i:i + 250]).to(device), texts[i:i + 250], limit=5)]
+                scores[label(arm)] = pope_scores(truth, said)
+            majority = 100 * max(truth.count("yes"), truth.count("no")) / len(truth)
+            print(table([f"{len(truth)} questions", *scores], [[m, *(s[m] for s in scores.values())] for m in next(iter(scores.values()))])
+                  + f"\nalways the same answer: accuracy {majority:.1f}")
+            return 0
+        if args.export:
+            _, tokenizer, model, arm = sgt.load_run(runs[0], args.model, device)
+            drawn, instance, _ = drawn_targets(cfg, model, tokenizer, arm if arm in ("instance", "shuffled") else "instance", cfg.eval_masks)
+            masks = masks_of(drawn, cfg.max_objects)
+            results = coco_results(masks, confidence(drawn, masks, cfg.max_objects))
+            path = Path(args.export)
+            sgt.Run(path.parent).write(path.name, json.dumps(results).encode())
+            print(f"wrote {len(results)} masks of {len(masks)} scenes to {path}; "
+                  + ", ".join(f"{k} {v:.1f}" for k, v in average_precision(as_coco(cfg, instance), results).items()))
+            return 0
+        for run in runs:
+            if args.again or not (run.folder / "report.json").exists():
+                with contextlib.redirect_stdout(sys.stderr):
+                    evaluate(run, device)
+        reports = [read_report(run) for run in runs]
+        if args.json:
+            print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1))
+        else:
+            arms = len(reports[0]["models"])
+            print("\n\n".join(([show(runs[0])] if len(runs) == 1 else []) + ([sweep(reports)] if len(runs) > 1 or arms > 3 else [])))
         return 0
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
