@@ -20,12 +20,13 @@ To add a proxy, add a line to PROXIES (4). To add a question kind, add a functio
 data, replace `render` and `sample_scenes` (2). To try another head, change `UnifiedModel.image_head` (6).
 
 Letters in shape comments: B batch, S sequence, T text, N image tokens (a grid of G × G), D width, H heads, K codebook,
-C channels, M objects, P pixels a side.
+C channels, M objects, P pixels a side, U understanding patches.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -39,6 +40,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +51,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import KVCache, Layout, Optimizer, attention, compiled, compute_dtype
+from kernels import GraphedStep, KVCache, Layout, Optimizer, attention, compiled, compute_dtype, write_document
 
 class UserError(Exception):
     """A mistake of the person at the keyboard: printed as one line, exit code 2."""
@@ -68,7 +70,7 @@ class Config:
     lattice: int = 8                  # object centres lie on multiples of this many pixels; 0 = anywhere
     texture: float = 0.05             # share of scenes with a textured background and of objects with stripes
     # the vision tokenizer
-    patch: int = 4                    # pixels a side of one image token, in both paths
+    patch: int = 4                    # pixels a side of one image token
     fsq_levels: str = "8,8,8,5"       # levels of each quantized channel; their product is the codebook size
     tok_width: int = 128              # width of the tokenizer's transformer blocks
     tok_depth: int = 2                # transformer blocks in the decoder
@@ -79,16 +81,18 @@ class Config:
     width: int = 128                  # D, a multiple of head_dim
     depth: int = 6                    # transformer blocks
     head_dim: int = 32                # width of one attention head
-    dialogue_len: int = 96            # text tokens beside an understood image
+    see_patch: int = 8                # pixels a side of one patch of an image that is looked at
+    row_len: int = 88                 # S: a row holds one dialogue, captioned image or proxy sample
     prompt_len: int = 16              # text tokens before a generated image
     # training
-    base_steps: int = 1250            # steps of the base model
+    base_steps: int = 1800            # steps of the base model
     arm_steps: int = 300              # steps of every post-training arm
-    vqa_batch: int = 16               # base: understanding dialogues a step
+    vqa_batch: int = 32               # base: understanding dialogues a step
     t2i_batch: int = 24               # base: captioned images a step
-    arm_vqa: int = 10                 # arms: understanding dialogues a step (replay, the same in every arm)
-    arm_t2i: int = 20                 # arms: captioned images a step (replay, the same in every arm)
+    arm_vqa: int = 16                 # arms: understanding dialogues a step (replay, the same in every arm)
+    arm_t2i: int = 16                 # arms: captioned images a step (replay, the same in every arm)
     ratio: float = 2.0                # arms: proxy samples for every understanding dialogue (the paper: 2)
+    arm_scenes: int = 0               # arms: how many different scenes the proxy draws; 0 = new ones in every step
     proxies: str = "none,instance"    # post-training arms, or "all"; "none" is the SFT control
     schedule: str = "mixed"  # mixed: proxy and replay in every step; sequential: first the proxy, then replay
     text_weight: float = 1.5          # weight of the text loss (the paper's)
@@ -117,16 +121,21 @@ class Config:
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
     codebook = property(lambda self: math.prod(self.levels))                                      # K
     arms = property(lambda self: list(PROXIES) if self.proxies == "all" else self.proxies.split(","))
-    # S: a row holds one dialogue, or one proxy sample, or two captioned images
-    row_len = property(lambda self: max(self.tokens + self.dialogue_len, 2 * (self.tokens + self.prompt_len)))
+    see_grid = property(lambda self: self.image_size // self.see_patch)
+    patches = property(lambda self: self.see_grid ** 2)                                           # U
+    image_slot = property(lambda self: 1 + self.patches)          # learned positions: none, patches, image tokens, text
+    text_slot = property(lambda self: 1 + self.patches + self.tokens)
 
     def validate(self) -> None:
         """Refuse what cannot work, before anything is written."""
         size, patch = self.image_size, self.patch
+        fits = max(self.tokens + self.prompt_len, self.patches + 6 + self.tokens, self.patches + 64)
         rules = [
             (patch >= 2 and size >= 16 and size % patch == 0 == size % 4,
              f"image_size={size} is not at least 16 and divisible by 4 and by patch={patch}",
              f"try --image-size {max(16, 4 * round(size / 4))} --patch 4"),
+            (self.see_patch >= 2 and size % self.see_patch == 0 and self.see_patch % patch == 0,
+             f"see_patch={self.see_patch} is no multiple of patch={patch} that divides image_size={size}", f"try --see-patch {patch}"),
             (re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) and min(self.levels) > 1 and self.codebook <= 65536,
              f"fsq_levels={self.fsq_levels!r} is no list of levels above 1 with a product up to 65536", "try 8,5,5,5"),
             (min(self.width, self.head_dim) > 0 and self.width % self.head_dim == 0 == self.head_dim % 4,
@@ -138,15 +147,16 @@ class Config:
             (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= 4,
              f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}", "choose 3-8, 3-8 and 2-4"),
             (0 <= self.lattice <= size // 4, f"lattice={self.lattice}", f"choose 0 to {size // 4} at this image size"),
-            (self.prompt_len >= 16 and self.dialogue_len >= 64, f"prompt_len={self.prompt_len}, dialogue_len="
-             f"{self.dialogue_len} do not hold the texts of the scenes", "give at least 16 and 64"),
-            (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2 and self.t2i_batch % 2 == 0
-             == self.arm_t2i % 2, "vqa and t2i batches must be at least 2, and those of t2i even", "change them"),
+            (self.prompt_len >= 16, f"prompt_len={self.prompt_len} does not hold the prompts", "give at least 16"),
+            (self.row_len >= fits, f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
+             f"give at least {fits}"),
+            (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2, "vqa and t2i batches must be at least 2",
+             "change them"),
             (0 <= self.condition_drop < 1 and 0 <= self.texture <= 1, "condition_drop and texture are shares",
              "give numbers in [0, 1)"),
-            (0 <= self.ratio <= 100 and 0 <= self.seed < 2 ** 32 and 0 <= min(
+            (0 <= self.ratio <= 100 and 0 <= self.arm_scenes and 0 <= self.seed < 2 ** 32 and 0 <= min(
                 self.guidance, self.temperature, self.token_temperature, self.text_weight, self.image_weight),
-             "ratio, guidance, temperatures, weights and seed must not be negative or huge", "give 0 or more"),
+             "ratio, arm_scenes, guidance, temperatures, weights and seed must not be negative or huge", "give 0 or more"),
             (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r}", "choose mixed or sequential"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r}",
              f"name each once, of {', '.join(PROXIES)}, or give all"),
@@ -172,15 +182,15 @@ PRESETS = {
     # the default on a CPU: learns in under a quarter of an hour on two cores
     "tiny": dict(),
     # one GPU, minutes: larger pictures, free placement, every shape and color
-    "base": dict(image_size=64, patch=8, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,5,5", tok_width=256,
+    "base": dict(image_size=64, patch=4, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,5,5", tok_width=256,
                  tok_depth=4, tok_steps=8000, tok_batch=256, width=512, depth=12, head_dim=64, base_steps=20000, arm_steps=4000,
                  vqa_batch=96, t2i_batch=128, adam_lr=0.004, arm_vqa=48, arm_t2i=64, eval_questions=20000, eval_prompts=1200,
-                 eval_masks=1000, sample_every=2000, save_every=1000, dialogue_len=112),
+                 eval_masks=1000, sample_every=2000, save_every=1000, row_len=328),
     # photographs at 256 pixels, ~100M parameters; their loader is not written yet, so this trains on scenes
-    "coco": dict(image_size=256, patch=16, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,6,5", tok_width=512,
+    "coco": dict(image_size=256, patch=16, see_patch=16, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,6,5", tok_width=512,
                  tok_depth=8, tok_steps=30000, tok_batch=128, width=768, depth=14, head_dim=64, base_steps=60000, arm_steps=10000,
                  vqa_batch=64, t2i_batch=64, adam_lr=0.003, arm_vqa=32, arm_t2i=32, eval_questions=20000, eval_prompts=1200,
-                 eval_masks=1000, sample_every=5000, save_every=1000, dialogue_len=256, prompt_len=64),
+                 eval_masks=1000, sample_every=5000, save_every=1000, row_len=520, prompt_len=64),
 }
 
 # ==== 2. Scenes: the data set, rendered =====================================================================
@@ -359,8 +369,12 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. A word carries the space before it; punctuation and what is no known word become bytes."""
+        return list(self.ids_of(text))
+
+    @functools.lru_cache(100_000)                 # the sentences of the scenes come back again and again
+    def ids_of(self, text: str) -> tuple[int, ...]:
         chunks = [c.encode("utf-8", "surrogatepass") for c in re.findall(r" ?\w+| ?[^\w\s]|\s", " " + text)] if text else []
-        return [i for c in chunks for i in ([self.ids[c]] if c in self.ids else [3 + b for b in c])]
+        return tuple(i for c in chunks for i in ([self.ids[c]] if c in self.ids else [3 + b for b in c]))
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the first end token; bytes that are not valid UTF-8 become the replacement character."""
@@ -382,10 +396,11 @@ def things(scenes: Scenes, b: int) -> list[Thing]:
 def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
-def unique(objects: list[Thing]) -> list[Thing]:
-    """Objects that 'the COLOR SHAPE' picks out without doubt."""
-    names = [(o.color, o.shape) for o in objects]
-    return [o for o in objects if names.count((o.color, o.shape)) == 1]
+def named(objects: list[Thing]) -> list[tuple[Thing, str]]:
+    """Objects that can be told apart in words, with the shortest name that does: 'ring', or 'red ring' among rings."""
+    shapes, both = [o.shape for o in objects], [(o.color, o.shape) for o in objects]
+    return [(o, o.shape if shapes.count(o.shape) == 1 else f"{o.color} {o.shape}")
+            for o in objects if both.count((o.color, o.shape)) == 1]
 
 def where(o: Thing, P: int) -> str:
     return (f"{('top', 'middle', 'bottom')[min(2, int(o.y * 3 / P))]} "
@@ -478,10 +493,8 @@ def ask_shape(objects, rng, cfg):
 
 def pairs(objects: list[Thing], rng: random.Random):
     """Two different objects that can be told apart in words, and these words, in random order."""
-    found = [(a, b) for a in unique(objects) for b in unique(objects) if a is not b]
-    rng.shuffle(found)
-    for a, b in found:
-        yield a, b, f"{a.color} {a.shape}", f"{b.color} {b.shape}"
+    found = [(a, b, name_a, name_b) for a, name_a in named(objects) for b, name_b in named(objects) if a is not b]
+    return rng.sample(found, len(found))
 
 def ask_relation(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
@@ -489,21 +502,18 @@ def ask_relation(objects, rng, cfg):
             return f"where is the {name_a} from the {name_b}?", relation(a, b).split()[0]
 
 def ask_location(objects, rng, cfg):
-    found = unique(objects)
-    o = rng.sample(found, len(found))[0] if found else None
-    return (f"where is the {o.color} {o.shape}?", where(o, cfg.image_size)) if o else None
+    for o, name in rng.sample(named(objects), len(named(objects))):
+        return f"where is the {name}?", where(o, cfg.image_size)
 
 def ask_size(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
         if a.size != b.size:
-            word = rng.choice(["bigger", "smaller"])
-            answer = name_a if (a.size == "big") == (word == "bigger") else name_b
-            return f"what is {word}, the {name_a} or the {name_b}?", answer
+            return f"is the {name_a} bigger or smaller than the {name_b}?", "bigger" if a.size == "big" else "smaller"
 
 def ask_occlusion(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
         if max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius):      # objects are listed back to front
-            return f"what is in front, the {name_a} or the {name_b}?", name_a if a.index > b.index else name_b
+            return f"is the {name_a} in front of the {name_b}?", "yes" if a.index > b.index else "no"
 
 def ask_compare(objects, rng, cfg):
     sets = [category(objects, rng, cfg) for _ in range(5)]
@@ -536,6 +546,8 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     kinds = list(QUESTIONS) * 2
     rng.shuffle(kinds)
     for kind in kinds:
+        if budget < 6:                            # shorter is no question with its answer
+            break
         turn = QUESTIONS[kind][1](objects, rng, cfg)
         if turn and turn not in asked:
             ids = tokens(*turn)
@@ -720,8 +732,7 @@ class Block(nn.Module):
         self.up = matrix(4 * width, width)
         self.down = matrix(width, 4 * width, gain=0.0)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lo: Tensor, hi: Tensor,
-                cache: KVCache | None = None, at: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None = None, at: int = 0) -> Tensor:
         """x (B, S, D) → (B, S, D). With a cache, the S rows continue what columns [0, at) of the cache hold."""
         B, S, D = x.shape
         qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
@@ -729,7 +740,7 @@ class Block(nn.Module):
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.put(k, v, at)                                                     # (B, H, at+S, D/H)
-        mixed = attention(q, k, v, Layout(lo, hi))                                            # (B, H, S, D/H)
+        mixed = attention(q, k, v, layout)                                                    # (B, H, S, D/H)
         x = x + linear(mixed.transpose(1, 2).reshape(B, S, D), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
@@ -737,11 +748,11 @@ class Stem(nn.Module):
     """Image → one vector a patch, from a window of `reach` patches a side around it: a small convolutional stem as matrix
     products. Trains far faster than linear patches, and far faster than convolutions run on a CPU.
     """
-    def __init__(self, patch: int, reach: int, width: int, residuals: int = 0):
+    def __init__(self, patch: int, reach: int, hidden: int, width: int, residuals: int = 0):
         super().__init__()
         self.patch, self.reach = patch, reach
-        self.stem_in = matrix(4 * width, 3 * (reach * patch) ** 2)
-        self.stem_out = matrix(width, 4 * width)
+        self.stem_in = matrix(hidden, 3 * (reach * patch) ** 2)
+        self.stem_out = matrix(width, hidden)
         self.up = nn.ParameterList(matrix(4 * width, width) for _ in range(residuals))
         self.down = nn.ParameterList(matrix(width, 4 * width, gain=0.0) for _ in range(residuals))
 
@@ -769,7 +780,7 @@ class VisionTokenizer(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.patch, width, C = cfg.patch, cfg.tok_width, len(cfg.levels)
-        self.encoder = Stem(cfg.patch, cfg.tok_reach, width, residuals=1)
+        self.encoder = Stem(cfg.patch, cfg.tok_reach, 4 * width, width, residuals=1)
         self.to_code = matrix(C, width)
         self.from_code = matrix(width, C, gain=2.0)
         self.place = nn.Parameter(0.5 * torch.randn(cfg.tokens, width))
@@ -807,9 +818,10 @@ class VisionTokenizer(nn.Module):
         in `dtype`.
         """
         x = (norm(linear(code, self.from_code)) + self.place).to(dtype)
-        lo = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
+        none = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
+        layout = Layout(none, none + x.shape[1], none, none + x.shape[1])             # everything sees everything
         for weights in self.decoder:
-            x = block(weights, x, self.cos, self.sin, lo, lo + x.shape[1])
+            x = block(weights, x, self.cos, self.sin, layout)
         return from_patches(linear(norm(x).float(), self.patch_out), self.patch) * 0.5 + 0.5
 
     @torch.no_grad()
@@ -828,15 +840,15 @@ class UnifiedModel(nn.Module):
     """One transformer over understanding patches, text ids and image ids, with a text head and an image head.
 
     Ids: [0, V) text, [V, V + K) the tokenizer's codes, V + K the mask. A `slot` says which learned position a token
-    takes: 0 none, then N of understanding patches, N of image tokens, and the places of text.
+    takes: 0 none, then U of understanding patches, N of image tokens, and the places of text.
     """
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg, D, N = cfg, cfg.width, cfg.tokens
+        self.cfg, D = cfg, cfg.width
         self.mask_id = len(TEXT) + cfg.codebook
         self.embed = nn.Parameter(torch.randn(self.mask_id + 1, D))
-        self.place = nn.Parameter(0.5 * torch.randn(1 + 2 * N + cfg.row_len, D))
-        self.see = Stem(cfg.patch, 2, D)                             # image (B, 3, P, P) → features (B, N, D)
+        self.place = nn.Parameter(0.5 * torch.randn(cfg.text_slot + cfg.row_len, D))
+        self.see = Stem(cfg.see_patch, 2, 2 * D, D)                     # image (B, 3, P, P) → features (B, U, D)
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
         self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))  # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
@@ -854,7 +866,7 @@ class UnifiedModel(nn.Module):
         cos, sin = rotary_table(positions, self.cfg.head_dim)                               # (B, 1, S, D/H/2)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, weights in enumerate(self.blocks):
-            x = block(weights, x, cos, sin, layout.lo, layout.hi, caches[i] if caches else None, at)
+            x = block(weights, x, cos, sin, layout, caches[i] if caches else None, at)
         return norm(x)                                                                            # (B, S, D)
 
     def text_logits(self, h: Tensor) -> Tensor:
@@ -863,18 +875,20 @@ class UnifiedModel(nn.Module):
     def image_logits(self, h: Tensor) -> Tensor:
         return linear(h, self.image_head).float()
 
+def token_loss(h: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy (n,) of h (n, D) → linear head (K, D) → target ids (n,), in fp32; 0 where the target is -100."""
+    return F.cross_entropy(linear(h, head).float(), target, reduction="none", ignore_index=-100)
+
 # ==== 7. Batches: documents packed into rows of one length ==================================================
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Rows of S tokens, and where in the flattened (B·S) rows everything lies. All shapes depend on the config alone."""
     ids: Tensor                       # (B, S) text ids; places of patches and image tokens hold 0
     slots: Tensor                     # (B, S) learned position
     positions: Tensor                 # (B, S, 2) rotary position
-    lo: Tensor                        # (B, S) int32, the interval a row may attend to
-    hi: Tensor                        # (B, S)
+    layout: Layout                    # who may attend to whom, 4 × (B, S)
     images: Tensor                    # (n, 3, P, P) images to understand
-    patch_at: Tensor                  # (n·N,) where their patches go
+    patch_at: Tensor                  # (n·U,) where their patches go
     text_at: Tensor                   # (t,) places whose next token may be supervised
     text_target: Tensor               # (t,) that token, or -100
     targets: Tensor            # (m, 3, P, P) images to draw: first those of captions, then those of the proxy
@@ -883,7 +897,7 @@ class Batch:
     captioned: int                    # how many targets belong to captions
 
     def to(self, device) -> "Batch":
-        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in vars(self).values()))
+        return Batch(*(v.to(device) if isinstance(v, (Tensor, Layout)) else v for v in self))
 
 class Rows:
     """Packs documents `[patches] text [image tokens]` into rows; what is left of a row is padding that sees nothing."""
@@ -891,69 +905,77 @@ class Rows:
         self.cfg, self.length = cfg, S
         self.ids, self.slots = np.zeros((n, S), np.int64), np.zeros((n, S), np.int64)
         self.positions = np.zeros((n, S, 2), np.float32)
-        self.lo, self.hi = np.zeros((n, S), np.int32), np.zeros((n, S), np.int32)
-        self.arrays = self.ids, self.slots, self.positions, self.lo, self.hi
+        self.spans = np.zeros((4, n, S), np.int32)              # the four vectors of a Layout
         self.next = np.full((n, S), -100, np.int64)             # the token to predict, where it is supervised
         self.patch_at, self.code_at = [], []
         self.grid = grid_positions(cfg.grid).numpy()
+        scale = cfg.see_patch // cfg.patch                      # patches lie on the grid of the image tokens, in the
+        self.see_grid = grid_positions(cfg.see_grid).numpy() * scale + (scale - 1) / 2            # middle of theirs
 
     def add(self, row: int, start: int, text: list[int], supervised: list[bool] | None = None, *,
             patches: bool = False, codes: bool = False) -> int:
         """Place one document at column `start` of a row and return the column behind it."""
-        N, T, at = self.cfg.tokens, len(text), start
+        cfg, T, at = self.cfg, len(text), start
+        blocks = [("image", cfg.patches)] * patches + [("text", T)] + [("image", cfg.tokens)] * codes
+        end = write_document(self.spans, row, start, blocks)
 
-        def span(n: int, slot: int, positions: np.ndarray, hi) -> np.ndarray:
+        def place(n: int, slot: int, positions: np.ndarray) -> np.ndarray:
             nonlocal at
             here, at = slice(at, at + n), at + n
             self.slots[row, here], self.positions[row, here] = slot + np.arange(n), positions
-            self.lo[row, here], self.hi[row, here] = start, hi
             return row * self.length + np.arange(n) + here.start      # flat places
         if patches:
-            self.patch_at.append(span(N, 1, self.grid, at + N))       # the image block sees all of itself
+            self.patch_at.append(place(cfg.patches, 1, self.see_grid))
         self.ids[row, at:at + T] = text
         if supervised is not None:
             self.next[row, at - 1:at + T - 1] = np.where(supervised, text, -100)
-        span(T, 1 + 2 * N, (self.cfg.grid + np.arange(T))[:, None], at + 1 + np.arange(T))    # text is causal
+        place(T, cfg.text_slot, (cfg.grid + np.arange(T))[:, None])
         if codes:
-            self.code_at.append(span(N, 1 + N, self.grid, at + N))  # the target sees the condition and itself
-        assert at <= self.length, f"a document of {at - start} tokens does not fit a row of {self.length}"
-        return at
+            self.code_at.append(place(cfg.tokens, cfg.image_slot, self.grid))
+        return end
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Layout]:
+        """ids, slots, positions and the layout."""
+        return *map(torch.from_numpy, (self.ids, self.slots, self.positions)), Layout(*map(torch.from_numpy, self.spans))
 
 def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", proxies: int = 0) -> Batch:
     """The batch of a training step, a pure function of its arguments.
 
-    vqa dialogues, t2i captioned images (two a row) and `proxies` samples of one proxy, all of different scenes. The
-    replay does not depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
+    vqa dialogues, t2i captioned images and `proxies` samples of one proxy, all of different scenes. The replay does not
+    depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
     """
-    N, S, first = cfg.tokens, cfg.row_len, step * 4096
-    rows, index = Rows(cfg, vqa + t2i // 2 + proxies, S), np.arange(vqa + t2i + proxies)
+    N, S, U, first = cfg.tokens, cfg.row_len, cfg.patches, step * 4096
+    rows, index = Rows(cfg, vqa + t2i + proxies, S), np.arange(vqa + t2i + proxies)
     index = first + np.where(index < vqa + t2i, index, index - vqa - t2i + 2048)
-    scenes, rest = sample_scenes(cfg, split, index[:vqa]), sample_scenes(cfg, split, index[vqa + t2i:])
+    drawn = index[vqa + t2i:] - first - 2048 + step * proxies      # number of each proxy sample, over all steps
+    scenes, rest = sample_scenes(cfg, split, index[:vqa]), sample_scenes(
+        cfg, split, 2 ** 40 + drawn % cfg.arm_scenes if cfg.arm_scenes else index[vqa + t2i:])
     # captions say nothing of what hides what, so their pictures have all objects apart
     captioned = sample_scenes(cfg, split, index[vqa:vqa + t2i], overlap=0.0)
     images, targets = [render(cfg, scenes).image], [render(cfg, captioned).image]
-    for b in range(vqa):
-        rows.add(b, 0, *dialogue(cfg, things(scenes, b), word_rng(scenes, b), S - N), patches=True)
+    for i in range(vqa):
+        rows.add(i, 0, *dialogue(cfg, things(scenes, i), word_rng(scenes, i), S - U), patches=True)
     for i in range(t2i):
         rng = word_rng(captioned, i)
         prompt = rng.choice(list(captions(things(captioned, i)).values()))
         text = [Text.BOS] + (TEXT.encode(prompt) if rng.random() >= cfg.condition_drop else [])
-        end = rows.add(vqa + i // 2, end if i % 2 else 0, text, codes=True)
+        rows.add(vqa + i, 0, text, codes=True)
     if proxies:
         seen, prompts, wanted = proxy_batch(cfg, proxy, rest, render(cfg, rest))
         images, targets = images + [seen], targets + [wanted]
         for i, prompt in enumerate(prompts):
-            rows.add(vqa + t2i // 2 + i, 0, TEXT.encode(prompt), patches=True, codes=True)
+            rows.add(vqa + t2i + i, 0, TEXT.encode(prompt), patches=True, codes=True)
     # which tokens are masked: a share cos(π/2 · u) of each image, at least one (MaskGIT's cosine schedule)
     u = uniforms(cfg.seed + 1, split, index[vqa:], 1 + N)
     count = np.maximum(1, np.ceil(np.cos(np.pi / 2 * u[:, :1]) * N))
     is_masked = u[:, 1:].argsort(1).argsort(1) < count                                            # (m, N)
-    text_at = (np.arange(vqa)[:, None] * S + np.arange(N - 1, S - 1)).reshape(-1)
+    text_at = (np.arange(vqa)[:, None] * S + np.arange(U - 1, S - 1)).reshape(-1)
     t, places = torch.from_numpy, lambda found: torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *found]))
-    return Batch(*map(t, rows.arrays), torch.cat(images), places(rows.patch_at), t(text_at),
+    return Batch(*rows.tensors(), torch.cat(images), places(rows.patch_at), t(text_at),
                  t(rows.next.reshape(-1)[text_at]), torch.cat(targets), places(rows.code_at), t(is_masked), t2i)
 
-def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward) -> dict[str, Tensor]:
+def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward, token_loss=token_loss
+           ) -> dict[str, Tensor]:
     """Cross-entropy of the supervised text, and of the masked tokens of captioned images and of proxy targets.
 
     Each is averaged over its own tokens (the paper's rule), so that adding a proxy does not thin out the replay.
@@ -963,11 +985,12 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
     shown = torch.where(batch.is_masked, model.mask_id, V + codes)
     ids = batch.ids.flatten().index_copy(0, batch.code_at, shown.flatten()).view_as(batch.ids)
     x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
-    h = model.trunk(x, batch.positions, Layout(batch.lo, batch.hi), block=block).flatten(0, 1)    # (B·S, D)
-    each = F.cross_entropy(model.image_logits(h[batch.code_at]), codes.flatten(), reduction="none").view_as(codes)
-    each, n, out = each * batch.is_masked, batch.captioned, {}
+    h = model.trunk(x, batch.positions, batch.layout, block=block).flatten(0, 1)    # (B·S, D)
+    each, n, out = token_loss(h[batch.code_at], model.image_head, codes.flatten()).view_as(codes), batch.captioned, {}
+    each = each * batch.is_masked                                                                 # (m, N)
     if len(batch.text_at):
-        out["text"] = F.cross_entropy(model.text_logits(h[batch.text_at]), batch.text_target, ignore_index=-100)
+        text = token_loss(h[batch.text_at], model.text_head, batch.text_target)
+        out["text"] = text.sum() / (batch.text_target >= 0).sum()
     if n:
         out["t2i"] = each[:n].sum() / batch.is_masked[:n].sum()
     if len(each) > n:
@@ -981,17 +1004,17 @@ def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, r
 
     The condition never sees what follows it, so its keys and values stay valid for every later step.
     """
-    cfg, device, N = model.cfg, model.embed.device, 0 if image is None else model.cfg.tokens
-    L = N + max(map(len, texts))
+    cfg, device, U = model.cfg, model.embed.device, 0 if image is None else model.cfg.patches
+    L = U + max(map(len, texts))
     rows = Rows(cfg, len(texts), L)
     for b, text in enumerate(texts):                                  # all conditions end at column L
-        rows.add(b, L - N - len(text), text, patches=image is not None)
-    ids, slots, positions, lo, hi = (torch.from_numpy(a).to(device) for a in rows.arrays)
-    patch_at = torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if N else None
-    x = model.embed_rows(ids, slots, model.see(image) if N else None, patch_at).to(compute_dtype(device))
+        rows.add(b, L - U - len(text), text, patches=image is not None)
+    ids, slots, positions, layout = (x.to(device) for x in rows.tensors())
+    patch_at = torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None
+    x = model.embed_rows(ids, slots, model.see(image) if U else None, patch_at).to(compute_dtype(device))
     caches = [KVCache(len(x), cfg.width // cfg.head_dim, L + room, cfg.head_dim, x) for _ in model.blocks]
-    h = model.trunk(x, positions, Layout(lo, hi), caches)
-    return h[:, -1], caches, L, lo[:, -1]
+    h = model.trunk(x, positions, layout, caches)
+    return h[:, -1], caches, L, layout.lo[:, -1]
 
 @torch.no_grad()
 def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[int]], image: Tensor | None = None, *,
@@ -1013,7 +1036,7 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     _, caches, L, start = prefill(model, rows, torch.cat([image, image]) if guided and image is not None else image, N)
     R = len(rows)
     positions = grid_positions(cfg.grid).to(device).float().expand(R, N, 2)
-    slots = (1 + N + torch.arange(N, device=device)).expand(R, N)
+    slots = (cfg.image_slot + torch.arange(N, device=device)).expand(R, N)
     lo = start[:, None].expand(R, N)
     layout = Layout(lo, torch.full_like(lo, L + N))
     ids = torch.full((B, N), model.mask_id, device=device)
@@ -1024,13 +1047,18 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
         if on_step:
             on_step(ids, is_masked)
         x = model.embed_rows(ids.repeat(R // B, 1), slots, None, None).to(compute_dtype(device))
-        logits = model.image_logits(model.trunk(x, positions, layout, caches, L))                 # (R, N, K)
-        if guided:
-            conditional, empty = logits.chunk(2)
-            logits = empty + guidance * (conditional - empty)
-        jitter = cfg.token_temperature * gumbel(B, N, cfg.codebook) if temperature > 0 else 0.0
-        choice = (logits + jitter).argmax(-1)                         # a sample of the softmax    (B, N)
-        confidence = logits.gather(-1, choice[..., None])[..., 0] - logits.logsumexp(-1)
+        h = model.trunk(x, positions, layout, caches, L)                                          # (R, N, D)
+        if guided:                       # the head is linear: guiding its input guides the logits, at half the price
+            conditional, empty = h.chunk(2)
+            h = empty + guidance * (conditional - empty)
+        sampled = temperature > 0 and cfg.token_temperature > 0
+        p = model.image_logits(h / cfg.token_temperature if sampled else h).softmax(-1)           # (B, N, K)
+        if sampled:                                                   # where the cumulated probability passes u
+            u = torch.rand(B, N, 1, device=device, generator=g)
+            choice = (p.cumsum(-1) < u).sum(-1).clamp(max=cfg.codebook - 1)                       # (B, N)
+        else:
+            choice = p.argmax(-1)
+        confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
         ratio = (step + 1) / steps
         confidence = confidence + temperature * (1 - ratio) * gumbel(B, N)
         confidence = confidence.masked_fill(~is_masked, math.inf)     # what was kept stays kept
@@ -1047,7 +1075,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
     """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache."""
     cfg, device = model.cfg, model.embed.device
     texts = [TEXT.encode(q) for q in questions]
-    limit = max(1, min(limit, cfg.row_len - cfg.tokens - max(map(len, texts))))
+    limit = max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
     h, caches, L, start = prefill(model, texts, image, limit)
     B = len(texts)
     place = torch.tensor([len(t) for t in texts], device=device)
@@ -1058,7 +1086,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
         done = done | (token == Text.END)
         if bool(done.all()) or i == limit - 1:
             break
-        slots = 1 + 2 * cfg.tokens + place[:, None] + i
+        slots = cfg.text_slot + place[:, None] + i
         positions = (cfg.grid + place + i).float()[:, None, None].expand(B, 1, 2)
         x = model.embed_rows(token[:, None], slots, None, None).to(compute_dtype(device))
         h = model.trunk(x, positions, Layout(start[:, None], torch.full_like(start[:, None], L + i + 1)), caches, L + i)[:, 0]
@@ -1157,6 +1185,8 @@ class Run:
             self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every"}    # may differ when a run is resumed
+ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr", "sample_steps", "guidance",
+             "token_temperature", "temperature", "eval_questions", "eval_prompts", "eval_masks", "sample_every"}
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
@@ -1178,6 +1208,15 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
         optimizer.load(part("optimizer."))
     run.log_until(name, start)
 
+    def update(batch, scale: Tensor) -> dict[str, Tensor]:
+        for p in module.parameters():
+            p.grad = None
+        parts = step_losses(batch)
+        sum(weights[k] * v for k, v in parts.items()).backward()
+        optimizer.step(scale)
+        return {k: v.detach() for k, v in parts.items()}
+    update = GraphedStep(update)
+
     def checkpoint(step: int) -> None:
         tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
         tensors.update({f"optimizer.{k}": v for k, v in optimizer.state().items()})
@@ -1196,11 +1235,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
                 batch = (pending.result() if pending else make(step)).to(device)
                 if device.type != "cpu" and step + 1 < steps:  # on a CPU two threads would fight for the cores
                     pending = ahead.submit(make, step + 1)
-                for p in module.parameters():
-                    p.grad = None
-                parts = step_losses(batch)
-                sum(weights[k] * v for k, v in parts.items()).backward()
-                optimizer.step(rate_factor(step, steps))
+                parts = update(batch, torch.tensor(rate_factor(step, steps), device=device))
                 bar.update()
                 if step % 10 == 0 or step == steps - 1 or (step + 1) % cfg.save_every == 0:
                     values = {k: v.item() for k, v in parts.items()}
@@ -1283,6 +1318,21 @@ def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
 GRID_PROMPTS = ["a red circle", "a square", "two blue circles", "three yellow rings", "a cross left of a ring",
                 "a bar above a circle", "a green triangle and a purple square", "a cyan cross and a red bar"]
 
+def borrow(cfg: Config, run: Run, other: Run) -> None:
+    """Take tokenizer and base model of another run that trained them with the same settings, to train other arms."""
+    theirs = other.config()
+    different = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(theirs, f.name)
+                 and f.name not in NOT_PART_OF_A_RUN | ONLY_ARMS]
+    if different:
+        raise UserError(f"{other.folder} trained its base with other settings ({', '.join(different)}); use these, or no --base")
+    for name in ("tokenizer", "base"):
+        if not other.done(name):
+            raise UserError(f"{other.folder} has no finished {name}; finish it with: python sgt.py --train --run {other.folder}")
+    run.open(cfg)
+    for name in ("tokenizer", "base"):
+        if not run.done(name):
+            run.write(f"{name}.safetensors", (other.folder / f"{name}.safetensors").read_bytes())
+
 def train(cfg: Config, run: Run) -> None:
     """Every stage in order, each skipped if its weights are there: tokenizer, base, the arms, the report."""
     from eval import evaluate, show
@@ -1290,7 +1340,8 @@ def train(cfg: Config, run: Run) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run.open(cfg)
     print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
-    block = compiled(Block.forward) if cfg.compile and device.type != "mps" else Block.forward
+    fast = compiled if cfg.compile and device.type != "mps" else lambda function: function
+    block, loss = fast(Block.forward), fast(token_loss)
     val = sample_scenes(cfg, "grid", np.arange(8))
     val_r = render(cfg, val)
     seen = val_r.image.to(device)
@@ -1308,7 +1359,7 @@ def train(cfg: Config, run: Run) -> None:
             [("image", seen, None), ("round trip", trip(seen), None), ("masks", masks, None), ("round trip", trip(masks), None)]))
 
     def sample_model(model: UnifiedModel, name: str, step: int) -> None:
-        asked = ["where is the {0.color} {0.shape}?".format(things(val, b)[0]) for b in range(len(val))]
+        asked = [f"where is the {[*(name for _, name in named(things(val, b))), 'object'][0]}?" for b in range(len(val))]
         said = [q.removeprefix("where is the ") + " " + a for q, a in zip(asked, answer(model, seen, asked, 4))]
         drawn = generate(model, tokenizer, [[Text.BOS] + TEXT.encode(p) for p in GRID_PROMPTS], guidance=cfg.guidance)
         rows = [("text to image", drawn, GRID_PROMPTS), ("image", seen, said)]
@@ -1325,7 +1376,7 @@ def train(cfg: Config, run: Run) -> None:
     if not run.done("base"):
         train_stage(run, cfg, "base", base, cfg.base_steps, 1.0,
                     lambda step: make_batch(cfg, "train", step, cfg.vqa_batch, cfg.t2i_batch),
-                    lambda batch: losses(base, tokenizer, batch, block), lambda step: sample_model(base, "base", step))
+                    lambda batch: losses(base, tokenizer, batch, block, loss), lambda step: sample_model(base, "base", step))
     for arm in cfg.arms:
         if not run.done(arm):
             model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
@@ -1338,7 +1389,7 @@ def train(cfg: Config, run: Run) -> None:
                 return make_batch(cfg, "arm", step - first, cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
 
             train_stage(run, cfg, arm, model, first + cfg.arm_steps, cfg.arm_lr, make,
-                        lambda batch: losses(model, tokenizer, batch, block), lambda step: sample_model(model, arm, step))
+                        lambda batch: losses(model, tokenizer, batch, block, loss), lambda step: sample_model(model, arm, step))
     if not (run.folder / "report.json").exists():
         evaluate(run, device)
     print(show(run))
@@ -1393,6 +1444,8 @@ def use(args: argparse.Namespace, given: dict) -> None:
     useless = sorted(set(given) - {"seed", "guidance", "sample_steps", "temperature", "device", "threads"})
     if useless:
         raise UserError(f"{flag(useless[0])} changes training and has no effect on a trained run; leave it out")
+    if args.base:
+        raise UserError("--base is for --train; leave it out")
     run = find_run(args.run)
     wanted = dataclasses.replace(run.config(), **{"seed": 0, "device": "auto", **given})
     wanted.validate()
@@ -1403,7 +1456,7 @@ def use(args: argparse.Namespace, given: dict) -> None:
                                                   seed=wanted.seed, **kw)[0]
     if args.ask is not None:
         image, _ = read_image(args.ask[0], cfg.image_size)
-        text = TEXT.decode(prompt_ids(args.ask[1], cfg.dialogue_len - 8))
+        text = TEXT.decode(prompt_ids(args.ask[1], cfg.row_len - cfg.patches - 8))
         print(answer(model, image.to(device), [text if text[-1] in "?." else text + "?"], limit=60)[0])
         return
     if args.generate is not None:
@@ -1441,6 +1494,7 @@ def parser() -> Parser:
     p.add_argument("--run", metavar="RUN", help="folder of a run, or its name under runs/; default: the preset's name to "
                    "train, the newest run to use")
     p.add_argument("--preset", choices=sorted(PRESETS), help="size of everything; default: tiny on a CPU, base on a GPU")
+    p.add_argument("--base", metavar="RUN", help="with --train: take tokenizer and base model from this run, train other arms")
     p.add_argument("--model", metavar="NAME", help="which model of the run to use: base, none (SFT), instance (SGT), …")
     p.add_argument("--proxy", metavar="NAME", help="what --segment draws")
     p.add_argument("--out", metavar="FILE", help="where to write the picture")
@@ -1473,7 +1527,10 @@ def main(argv: list[str] | None = None) -> int:
                                     + ("; did you mean --proxies?" if name == "proxy" else "; leave it out"))
             cfg = Config(**{**PRESETS[preset], **given})
             cfg.validate()
-            train(cfg, find_run(args.run or preset))
+            run = find_run(args.run or preset)
+            if args.base:
+                borrow(cfg, run, find_run(args.base))
+            train(cfg, run)
         else:
             use(args, given)
         return 0

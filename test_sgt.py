@@ -137,11 +137,11 @@ def test_questions_about_a_known_scene_have_the_answers_a_person_gives():
     scene = [thing("red", "circle", 8, 8), thing("blue", "square", 24, 8, "small"), thing("red", "square", 24, 24)]
     truth = {"how many squares?": "two", "how many red objects?": "two", "how many objects?": "three",
              "what color is the circle?": "red", "what shape is the blue object?": "square",
-             "where is the red circle?": "top left", "where is the red square?": "bottom right",
-             "where is the red circle from the blue square?": "left",
+             "where is the circle?": "top left", "where is the red square?": "bottom right",
+             "where is the circle from the blue square?": "left",
              "where is the red square from the blue square?": "below",
-             "what is bigger, the red circle or the blue square?": "red circle",
-             "what is smaller, the red circle or the blue square?": "blue square",
+             "is the circle bigger or smaller than the blue square?": "bigger",
+             "is the blue square bigger or smaller than the red square?": "smaller",
              "are there more squares than circles?": "yes", "are there more circles than red objects?": "no",
              "how many squares plus one?": "three", "how many circles plus red objects?": "three",
              "is there a red square?": "yes", "is there a blue circle?": "no"}
@@ -153,7 +153,8 @@ def test_questions_about_a_known_scene_have_the_answers_a_person_gives():
         assert asked[question] == answer, question
     assert sgt.relation(thing("red", "bar", 10, 10), thing("red", "bar", 16, 15)) is None
     pair = [thing("red", "circle", 10, 10, index=0), thing("blue", "ring", 16, 10, index=1)]
-    assert sgt.ask_occlusion(pair, random.Random(0), CFG)[1] == "blue ring"
+    assert {sgt.ask_occlusion(pair, random.Random(i), CFG) for i in range(9)} == {
+        ("is the circle in front of the ring?", "no"), ("is the ring in front of the circle?", "yes")}
 
 def test_captions_of_known_scenes_cover_the_six_kinds_of_geneval():
     """A caption that does not describe its picture."""
@@ -228,8 +229,9 @@ def test_arms_see_the_same_images_and_replay_and_differ_in_the_target_alone():
     none, instance = sgt.make_batch(CFG, "arm", 2, 4, 4), sgt.make_batch(CFG, "arm", 2, 4, 4, "instance", 6)
     depth = sgt.make_batch(CFG, "arm", 2, 4, 4, "depth", 6)
     rows = len(none.ids)
-    for name in ("ids", "slots", "lo", "hi", "positions"):
+    for name in ("ids", "slots", "positions"):
         assert torch.equal(getattr(none, name), getattr(instance, name)[:rows])
+    assert all(torch.equal(a, b[:rows]) for a, b in zip(none.layout, instance.layout))
     assert torch.equal(none.images, instance.images[:4]) and torch.equal(none.targets, instance.targets[:4])
     assert torch.equal(none.text_target, instance.text_target)
     assert torch.equal(none.is_masked, instance.is_masked[:4]) and torch.equal(instance.is_masked, depth.is_masked)
@@ -291,13 +293,70 @@ def test_the_mask_of_packed_documents_is_the_one_of_the_paper():
     rows = sgt.Rows(cfg, 1, 14)
     end = rows.add(0, 0, [5, 6], patches=True, codes=True)    # [patches][prompt][target]
     rows.add(0, end, [7], patches=False)
-    drawn = kernels.draw(kernels.Layout(torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)), 14)
+    drawn = kernels.draw(rows.tensors()[3], 14)
     assert drawn.split() == ["####.........."] * 4 + ["#####.........", "######........"] + ["##########...."] * 4 + [
         "..........#..."] + [".............."] * 3
 
 def random_layout(B, S, L):
     lo = torch.randint(0, L, (B, S), dtype=torch.int32)
     return kernels.Layout(lo, (lo + torch.randint(0, L, (B, S), dtype=torch.int32)).clamp(max=L))
+
+def test_the_transpose_of_a_layout_says_which_rows_see_a_column():
+    """A backward pass over columns that skips rows, or counts rows that see nothing."""
+    for seed in range(5):
+        layout = kernels.random_layout(np.random.default_rng(seed), 3, 150)
+        seen = layout.may_attend(150)[:, 0].transpose(1, 2)                                       # (B, columns, rows)
+        row = torch.arange(150)
+        assert torch.equal(seen, (row >= layout.first[..., None]) & (row < layout.last[..., None]))
+
+def test_every_backend_agrees_with_float64_and_leaks_nothing(capsys):
+    """A wrong kernel; one that reads what it has not written, or what a row may not see."""
+    try:
+        assert kernels.check(3) == 0
+        assert re.search(r"bmm +bfloat16", capsys.readouterr().out)
+        with pytest.MonkeyPatch.context() as patch:           # and a check that cannot fail is none
+            patch.setitem(kernels.BACKENDS, "bmm", lambda q, k, v, layout: kernels.attention_sdpa(q, k, v.roll(1, 2), layout))
+            assert kernels.check(1) == 1 and "BAD" in capsys.readouterr().out
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed (it comes with torch for CUDA)")
+@pytest.mark.skipif(tuple(map(int, np.__version__.split(".")[:2])) >= (2, 3), reason="Triton's interpreter needs numpy < 2.3")
+def test_the_triton_kernels_agree_with_float64_in_the_interpreter():
+    """A GPU kernel that nobody ran."""
+    done = subprocess.run([sys.executable, str(HERE / "kernels.py"), "--check"], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0 and re.search(r"triton +float32", done.stdout), done.stdout + done.stderr
+
+def test_the_model_does_the_same_with_every_backend(exact, monkeypatch):
+    """A backend that is fast on another model."""
+    tokenizer, model = models()
+    batch, found = sgt.make_batch(CFG, "arm", 0, 2, 2, "instance", 2), {}
+    for name in ("", *kernels.backends_here(torch.device("cpu"))):
+        monkeypatch.setattr(kernels, "CHOSEN", name)
+        model.zero_grad()
+        loss = sum(sgt.losses(model, tokenizer, batch).values())
+        loss.backward()
+        found[name] = loss.item(), model.see.stem_in.grad.clone()
+    for loss, grad in found.values():
+        assert abs(loss - found["reference"][0]) < 1e-5
+        assert torch.allclose(grad, found["reference"][1], atol=1e-5)
+
+def test_a_recorded_step_is_the_step_where_there_is_no_graph():
+    """Arguments that get lost on their way through a nested structure."""
+    layout = random_layout(1, 3, 3)
+    step = kernels.GraphedStep(lambda batch, scale: (batch[0].hi * scale, batch[1]))
+    got = step((layout, 5), torch.tensor(2))
+    assert torch.equal(got[0], layout.hi * 2) and got[1] == 5
+
+def test_the_benchmark_measures_everything_it_prints():
+    """A table with a hole; a ratio of nothing."""
+    found = kernels.bench(0.0, CFG)
+    table = kernels.show(found)
+    for group in ("attention, forward + backward", "train step", "64 pictures, guidance"):
+        assert all(0 < t < 60 for t in found[group].values()) and group in table
+        assert f"{found[group]['ours'] * 1000:.2f}" in table
+    assert 0 < found["share of the matrix rate"] < 1
 
 def test_attention_agrees_with_float64_in_value_and_gradient_and_empty_rows_are_zero():
     """A wrong backward; NaN from rows that may attend to nothing."""
@@ -325,14 +384,15 @@ def test_what_a_row_may_not_see_does_not_change_it_by_a_bit(exact):
 
     def hidden(ids):
         x = model.embed_rows(ids, batch.slots, model.see(batch.images), batch.patch_at)
-        return model.trunk(x, batch.positions, kernels.Layout(batch.lo, batch.hi))
+        return model.trunk(x, batch.positions, batch.layout)
     before = hidden(batch.ids)
     for row in range(len(batch.ids)):
-        for column in (70, 75, 100, 130, 159):
+        tokens = (batch.slots[row] >= CFG.image_slot).nonzero()[:, 0]      # not the places that patches overwrite
+        for column in [*tokens[[0, len(tokens) // 3, len(tokens) // 2, -1]].tolist(), CFG.row_len - 1]:
             ids = batch.ids.clone()
             ids[row, column] = 300 if ids[row, column] != 300 else 301
             changed = (hidden(ids) != before).any(-1)                                             # (B, S)
-            sees = (batch.lo <= column) & (column < batch.hi)
+            sees = (batch.layout.lo <= column) & (column < batch.layout.hi)
             sees[torch.arange(len(sees)) != row] = False
             sees[row, column] = True                          # a token that nobody sees still sees itself
             assert not (changed & ~sees).any(), (row, column)
@@ -347,20 +407,20 @@ def test_the_first_losses_are_those_of_a_uniform_guess():
     assert math.isclose(parts["t2i"].item(), math.log(CFG.codebook), rel_tol=1e-4)
     assert math.isclose(parts["proxy"].item(), math.log(CFG.codebook), rel_tol=1e-4)
 
-def test_the_image_loss_is_on_masked_tokens_only(monkeypatch):
+def test_the_image_loss_is_on_masked_tokens_only():
     """Copying visible tokens counted as learning (a mistake seen in public MaskGIT code)."""
     tokenizer, model = models()
     batch = sgt.make_batch(CFG, "arm", 1, 2, 4, "instance", 4)
-    kept, original = [], model.image_logits
+    seen = []
 
-    def keep(h):
-        kept.append(original(h))
-        kept[-1].retain_grad()
-        return kept[-1]
-    monkeypatch.setattr(model, "image_logits", keep)
-    parts = sgt.losses(model, tokenizer, batch)
+    def keep(h, head, target):
+        h.retain_grad()
+        seen.append(h)
+        return sgt.token_loss(h, head, target)
+    torch.nn.init.normal_(model.image_head)                  # zero at the start, and then nothing flows back
+    parts = sgt.losses(model, tokenizer, batch, token_loss=keep)
     (parts["t2i"] + parts["proxy"]).backward()
-    assert torch.equal(kept[0].grad.abs().sum(-1) > 0, batch.is_masked.flatten())
+    assert torch.equal(seen[0].grad.abs().sum(-1) > 0, batch.is_masked.flatten())
     assert 0 < batch.is_masked.float().mean() < 1 and batch.is_masked.any(1).all()
 
 def test_the_dense_loss_reaches_the_understanding_path():
@@ -422,9 +482,9 @@ def test_the_cached_condition_gives_what_the_whole_sequence_gives(exact):
     tokenizer, model = models()
     batch = sgt.make_batch(CFG, "arm", 0, 2, 2, "instance", 2)
     x = model.embed_rows(batch.ids, batch.slots, model.see(batch.images), batch.patch_at)
-    whole = model.trunk(x, batch.positions, kernels.Layout(batch.lo, batch.hi)).flatten(0, 1)
+    whole = model.trunk(x, batch.positions, batch.layout).flatten(0, 1)
     want = whole[batch.code_at].view(-1, CFG.tokens, CFG.width)[2:]                      # the proxy's targets
-    texts = [batch.ids[3 + i, 64:70].tolist() for i in range(2)]
+    texts = [batch.ids.flatten()[rows[0] - 6:rows[0]].tolist() for rows in batch.code_at.view(-1, CFG.tokens)[2:]]
     _, caches, L, start = sgt.prefill(model, texts, batch.images[2:], CFG.tokens)
     rows = batch.code_at.view(-1, CFG.tokens)[2:]
     take = lambda a: a.flatten(0, 1)[rows]
@@ -526,6 +586,120 @@ def test_connected_parts_are_found_whatever_their_form():
     assert len(benchmark.components(mask[None]).unique()) == 2           # background and one spiral
     assert len(benchmark.components(torch.eye(5).bool()[None]).unique()) == 2
     assert len(benchmark.components((torch.arange(25) % 2 == 0).view(1, 5, 5) & (torch.arange(5) % 2 == 0)).unique()) == 10
+
+def test_average_precision_is_that_of_pycocotools_on_cases_worked_by_hand():
+    """A mask written the wrong way round; an annotation numbered 0; a crash on nothing."""
+    instance = torch.zeros(2, 16, 16, dtype=torch.long)
+    instance[0, 1:5, 2:12], instance[0, 8:12, 8:12], instance[1, 0, 0] = 1, 2, 1        # one of a single pixel
+    truth, masks = benchmark.as_coco(CFG, instance), benchmark.true_masks(instance)
+    ap = lambda masks, scores: benchmark.average_precision(truth, benchmark.coco_results(masks, scores))
+    ones = [[1.0] * len(m) for m in masks]
+    assert ap(masks, ones) == {"ap": 100, "ap50": 100, "ar": 100}
+    assert ap([m[:0] for m in masks], [[], []])["ap"] == 0
+    assert benchmark.average_precision(benchmark.as_coco(CFG, instance * 0), []) == {"ap": 100, "ap50": 100, "ar": 100}
+    missed = ap([masks[0], masks[1][:0]], ones[:1] + [[]])            # 2 of 3 found, none wrong: precision 1 up to recall 2/3
+    assert abs(missed["ap"] - 100 * 67 / 101) < 0.01 and abs(missed["ar"] - 200 / 3) < 0.01
+    wrong = torch.cat([masks[0], masks[0][:1].roll(8, 1)])            # a surer wrong mask: precision 1/2, then 2/3, 3/4
+    assert abs(ap([wrong, masks[1]], [[0.5, 0.5, 0.9], [0.5]])["ap50"] - 75) < 0.01
+    drawn = sgt.paint(instance, sgt.PALETTE.expand(2, -1, -1))
+    assert benchmark.confidence(drawn, masks, 4) == ones
+    category = instance.clamp(max=1)
+    assert benchmark.semantic_miou(CFG, sgt.paint(category, sgt.PALETTE.expand(2, -1, -1)), category) == 100
+    assert abs(benchmark.semantic_miou(CFG, torch.zeros(2, 3, 16, 16), category) - 50 * float((category == 0).float().mean())) < 1e-3
+
+def test_pope_counts_as_pope_does_and_asks_what_it_says():
+    """Precision and recall exchanged; a question whose label is wrong; negatives of the wrong kind."""
+    scores = benchmark.pope_scores(["yes", "yes", "no", "no"], ["yes", "no", "yes", "a circle"])
+    assert scores == {"accuracy": 50, "precision": 50, "recall": 50, "f1": 50, "yes": 50}
+    assert benchmark.pope_scores(["yes", "no"], ["no", "no"])["f1"] == 0
+    for kind in ("random", "popular", "adversarial"):
+        items = benchmark.pope_items(CFG, kind, 200)
+        assert sum(truth == "yes" for *_, truth in items) == 100
+        for scenes, b, question, truth in items:
+            color, shape = question[:-1].split()[-2:]
+            objects = sgt.things(scenes, b)
+            assert ((color, shape) in [(o.color, o.shape) for o in objects]) == (truth == "yes")
+            if kind == "adversarial":
+                assert color in [o.color for o in objects] and shape in [o.shape for o in objects]
+
+def test_the_layout_error_is_the_way_to_where_the_words_hold():
+    """A picture with the objects exchanged that counts as nearly right."""
+    prompt = benchmark.Prompt("position", "", [thing("red", "circle", 8, 16), thing("red", "square", 24, 16)])   # left of
+    error = lambda *found: benchmark.layout_error(prompt, [thing("blue", *f) for f in found])
+    assert error(("circle", 4, 10), ("square", 20, 12)) == 0
+    assert error(("circle", 20, 10), ("square", 4, 10)) == 17         # 16 apart the wrong way, and 1 to be left at all
+    assert error(("circle", 10, 10), ("square", 14, 20)) == 11        # 10 of height ask for 15 of width; there are 4
+    assert error(("circle", 10, 10)) is None
+
+@torch.no_grad()
+def test_recorded_attention_is_that_of_the_model_and_sums_to_one(exact):
+    """Attention recomputed without norm, rotation or mask: what the official code shows."""
+    _, model = models()
+    image = sgt.render(CFG, sgt.sample_scenes(CFG, "val", np.arange(2))).image
+    with benchmark.recorded_attention() as seen:
+        h, *_ = sgt.prefill(model, [TEXT.encode("is there a red circle?"), TEXT.encode("how many?")], image, 0)
+    assert len(seen) == CFG.depth and torch.equal(h, sgt.prefill(
+        model, [TEXT.encode("is there a red circle?"), TEXT.encode("how many?")], image, 0)[0])
+    for weights in seen:
+        total = weights.sum(-1)
+        assert ((total - 1).abs() < 1e-5).logical_or(total == 0).all() and (total[0] > 0).all()
+    with pytest.raises(AssertionError), benchmark.recorded_attention():
+        with pytest.MonkeyPatch.context() as patch:           # a model that adds something of its own is found out
+            patch.setattr(kernels, "attention_reference", lambda q, k, v, layout: (v.mean(2, keepdim=True).expand_as(q), None))
+            sgt.prefill(model, [TEXT.encode("how many?")], image[:1], 0)
+
+def test_a_linear_probe_finds_what_is_linear_and_nothing_else():
+    """A probe that is scored on what it was fitted to."""
+    torch.manual_seed(0)
+    y = torch.randint(0, 3, (600,))
+    assert benchmark.probe(F.one_hot(y, 3) + 0.3 * torch.randn(600, 3), y, 3) > 95
+    assert benchmark.probe(torch.randn(600, 200), y, 3) < 45
+    states, shape, color, count = benchmark.patch_features(CFG, models()[1], sgt.sample_scenes(CFG, "val", np.arange(40)))
+    assert states.shape == (CFG.depth + 1, 40, CFG.patches, CFG.width) and torch.equal(shape > 0, color > 0)
+    assert 1 <= count.min() and shape.max() <= CFG.shapes and (shape > 0).float().mean() > 0.1
+
+def test_a_permutation_test_knows_chance_from_effect():
+    """A p-value that is always small, or never."""
+    rng = np.random.default_rng(0)
+    assert benchmark.permutation_test(np.zeros(50)) == 1
+    assert benchmark.permutation_test(np.ones(12)) < 0.01 and benchmark.permutation_test(np.ones(3)) > 0.2
+    assert benchmark.permutation_test(rng.normal(0, 1, 400)) > 0.05 > benchmark.permutation_test(rng.normal(0.3, 1, 400))
+    assert benchmark.permutation_test(np.array([1.0, -1.0] * 50)) > 0.9
+
+def made_up_report(seed, gains, n=100):
+    """A report in which arm a answers 50 + gains[a] percent of everything right."""
+    def bits(arm, kinds):
+        return {k: "".join("01"[(i * 37 + seed) % n < 50 + gains[arm]] for i in range(n)) for k in kinds}
+    entry = lambda arm: {part: {"hits": bits(arm, kinds), **dict.fromkeys(
+        [*kinds, "average", "perception", "reasoning"], 50.0 + gains[arm])} for part, kinds in (
+        ("understanding", QUESTIONS), ("generation", benchmark.GENEVAL))}
+    return {"seed": seed, "questions": n * 10, "prompts": n * 6, "config": dataclasses.asdict(dataclasses.replace(CFG, seed=seed)),
+            "models": {arm: entry(arm) for arm in gains}}
+
+def test_the_study_says_what_the_numbers_say():
+    """A verdict that flatters; a sign the wrong way; runs that cannot be compared."""
+    gains = {"base": 0, "none": -10, "shuffled": -10, "instance": 12, "depth": 0, "edges": 1}
+    text = benchmark.study([made_up_report(0, gains), made_up_report(1, gains)])
+    assert "2 seeds (0, 1)" in text and "62.0 ± 0.0" in text
+    assert "High-level proxies help understanding more than mid- and low-level ones: **holds**" in text
+    assert "It is perception that improves, not reasoning: **does not hold**" in text      # both do
+    assert "Masks of the right image teach more than masks of another: **holds**" in text
+    text = benchmark.study([made_up_report(0, {**gains, "instance": -30})])
+    assert "more than replay alone (SFT): **does not hold**" in text
+    text = benchmark.study([made_up_report(0, {"base": 0, "none": 0, "instance": 0})])
+    assert "more than replay alone (SFT): **not resolved**" in text and "not measured" in text
+
+def test_runs_of_other_settings_become_a_sweep_and_never_an_average():
+    """A ratio of 1 averaged with a ratio of 3 as if they were two seeds."""
+    gains = {"base": 0, "none": -10, "instance": 12}
+    ratio = lambda seed, r: {**(report := made_up_report(seed, {**gains, "instance": r})), "config": {**report["config"], "ratio": r}}
+    text = benchmark.sweep([ratio(0, 1.0), ratio(1, 1.0), ratio(0, 3.0)])
+    assert re.search(r"\| 1.0 +\| +2 \| +SGT \| +51.0", text) and re.search(r"\| 3.0 +\| +1 \| +SGT \| +53.0", text)
+    assert "2 seeds (0, 1)" in benchmark.sweep([made_up_report(0, gains), made_up_report(1, gains)])
+    for others in ([made_up_report(0, gains)] * 2, [made_up_report(0, gains), {**made_up_report(1, gains), "config": {
+            **made_up_report(1, gains)["config"], "shapes": 8}}]):
+        with pytest.raises(sgt.UserError):
+            benchmark.sweep(others)
 
 # ---- the command line --------------------------------------------------------------------------------------
 
