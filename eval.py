@@ -154,11 +154,14 @@ def satisfied(prompt: Prompt, found: list[Thing]) -> bool:
 # ==== 2. Segmentation: colors → masks → PQ, mIoU, AP ==========================================================
 
 def masks_of(target: Tensor, colors: int) -> list[Tensor]:
-    """Instance masks in drawn targets (B, 3, P, P): nearest palette color, connected parts, tiny ones dropped."""
+    """Instance masks in drawn targets (B, 3, P, P): nearest palette color, without specks. One color is one object, be it
+    cut in two by another that lies in front.
+    """
     P = target.shape[-1]
     label = nearest(target.float().cpu(), PALETTE[:colors + 1])
-    sample, _, masks = split_parts(label, colors + 1, max(2.0, P * P / 256))
-    return [masks[sample == b] for b in range(len(target))]
+    sample, color, parts = split_parts(label, colors + 1, max(2.0, P * P / 256))
+    masks = [[parts[(sample == b) & (color == c)].any(0) for c in color[sample == b].unique()] for b in range(len(target))]
+    return [torch.stack(found) if found else parts[:0] for found in masks]
 
 def true_masks(instance: Tensor) -> list[Tensor]:
     """Instance map (B, P, P) → a (n, P, P) bool tensor for every sample."""
@@ -234,7 +237,7 @@ def semantic_miou(cfg: Config, drawn: Tensor, category: Tensor) -> float:
 
 # ==== 3. Metrics of a model =================================================================================
 
-def scene_stream(cfg: Config, split: str, chunk: int = 256, overlap: float = 0.25):
+def scene_stream(cfg: Config, split: str, chunk: int = 256, overlap: float = 0.5):
     """The scenes of a split without end, a chunk at a time."""
     start = 0
     while True:
@@ -689,15 +692,16 @@ def study(reports: list[dict]) -> str:
     values = lambda arm, measure: np.array([r["models"][arm][MEASURES[measure][0]][MEASURES[measure][1]] for r in reports])
     spread = lambda x: f"{x.mean():.1f}" + (f" ± {x.std(ddof=1) / math.sqrt(n):.1f}" if n > 1 else "")
 
-    def against(a: list[str], b: list[str], measure: str) -> tuple[float, float]:
-        """Mean difference of two groups of arms in points, and its p over all questions of all seeds."""
-        mean = lambda group: np.concatenate([np.mean([hits_of(r["models"][x], measure) for x in group], 0) for r in reports])
-        d = mean(a) - mean(b)
-        return 100 * d.mean(), permutation_test(d)
+    def against(a: list[str], b: list[str], measure: str) -> tuple[float, float, bool]:
+        """Mean difference of two groups of arms in points, its p over all questions of all seeds, do the seeds agree?"""
+        mean = lambda r, group: np.mean([hits_of(r["models"][x], measure) for x in group], 0)
+        each = [mean(r, a) - mean(r, b) for r in reports]
+        d = np.concatenate(each)
+        return 100 * d.mean(), permutation_test(d), len({np.sign(x.mean()) for x in each}) == 1
     rows = []
     for arm in arms:
         pq = [r["models"][arm]["segmentation"]["pq"] for r in reports if "segmentation" in r["models"][arm]]
-        difference = ["", ""] if arm in ("base", "none") else [f"{d:+.1f} (p {p:.3f})" for d, p in (
+        difference = ["", ""] if arm in ("base", "none") else [f"{d:+.1f} (p {p:.3f})" for d, p, _ in (
             against([arm], ["none"], "understanding"), against([arm], ["none"], "generation"))]
         rows.append([{"base": "", "none": ""}.get(arm, sgt.PROXIES[arm].level if arm in sgt.PROXIES else ""), label(arm),
                      *(spread(values(arm, m)) for m in MEASURES), spread(np.array(pq)) if len(pq) == n else "–", *difference])
@@ -710,10 +714,10 @@ def study(reports: list[dict]) -> str:
         for a, b, measure, sign in tests:
             if not a or not b:
                 return f"- {claim}: not measured (no such arm)."
-            d, p = against(a, b, measure)
-            states.append("holds" if (p < 0.05 and d * sign > 0) else "does not hold" if p < 0.05 else
-                          "not resolved" if sign else "holds")
-            said.append(f"{measure} {d:+.1f}, p {p:.3f}")
+            d, p, agree = against(a, b, measure)
+            clear = p < 0.05 and agree
+            states.append(("holds" if d * sign > 0 else "does not hold") if clear else "not resolved" if sign else "holds")
+            said.append(f"{measure} {d:+.1f}, p {p:.3f}" + ", the seeds disagree" * (p < 0.05 and not agree))
         state = next((s for s in ("does not hold", "not resolved") if s in states), "holds")
         return f"- {claim}: **{state}** ({'; '.join(said)})."
     sgt_arm = ["instance"] if "instance" in arms else high[:1]
@@ -730,7 +734,7 @@ def study(reports: list[dict]) -> str:
     return (f"{seeds}; {reports[0]['questions']} questions and {reports[0]['prompts']} prompts each; mean"
             f"{' ± standard error over seeds' * (n > 1)}; Δ against SFT, paired over questions and prompts\n{table(head, rows)}\n\n"
             + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does not know how another seed "
-            "would have turned out, for that see the standard errors.")
+            "would have turned out. So a claim holds only where p < 0.05 and every seed agrees on the sign.")
 
 def sweep(reports: list[dict]) -> str:
     """Runs that differ in more than the seed: a line for each arm of each setting, seeds of one setting averaged."""

@@ -79,13 +79,13 @@ class Config:
     tok_batch: int = 64               # images a step
     # the unified model
     width: int = 128                  # D, a multiple of head_dim
-    depth: int = 6                    # transformer blocks
+    depth: int = 4                    # transformer blocks
     head_dim: int = 32                # width of one attention head
     see_patch: int = 8                # pixels a side of one patch of an image that is looked at
     row_len: int = 88                 # S: a row holds one dialogue, captioned image or proxy sample
     prompt_len: int = 16              # text tokens before a generated image
     # training
-    base_steps: int = 1800            # steps of the base model
+    base_steps: int = 2400            # steps of the base model
     arm_steps: int = 300              # steps of every post-training arm
     vqa_batch: int = 32               # base: understanding dialogues a step
     t2i_batch: int = 24               # base: captioned images a step
@@ -99,7 +99,7 @@ class Config:
     image_weight: float = 1.0         # weight of each image loss (the paper's)
     condition_drop: float = 0.1       # share of captions dropped, for guidance
     lr: float = 0.02                  # Muon learning rate of the matrices, base and tokenizer
-    adam_lr: float = 0.006            # AdamW learning rate of embeddings and heads
+    adam_lr: float = 0.012            # AdamW learning rate of embeddings and heads
     arm_lr: float = 0.3               # arms: both learning rates times this
     # sampling
     sample_steps: int = 12            # parallel refinement steps of one image
@@ -251,7 +251,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.count)
 
-def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0.25) -> Scenes:
+def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0.5) -> Scenes:
     """Scenes number `index` of a split: 1 to max_objects objects that stay apart, but for one overlapping pair in a
     share `overlap` of the scenes. The camera looks down on a table: objects lower in the picture are nearer.
     """
@@ -277,9 +277,12 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
         for t in range(tries):
             cx = low[:, i] + np.floor(object_u[:, i, 5 + 2 * t] * slots[:, i]) * step
             cy = low[:, i] + np.floor(object_u[:, i, 6 + 2 * t] * slots[:, i]) * step
-            partner = overlaps & (i == 1)
-            cy = np.where(partner, y[:, 0], cy)  # the overlapping pair lies side by side: height does not tell the front
-            ok = ~placed[:, i] & (i < count) & (cy >= low[:, i]) & (cy <= P - low[:, i])
+            # the overlapping pair lies side by side, off the lattice: height does not tell which is in front
+            partner, side = overlaps & (i == 1), 2 * object_u[:, i, 5 + 2 * t] - 1                # left or right, -1 … 1
+            away = np.sign(side) * (0.45 + 0.25 * abs(side)) * (radius[:, 0] + radius[:, i])
+            cx = np.where(partner, x[:, 0] + np.round(away), cx)
+            cy = np.where(partner, y[:, 0], cy)
+            ok = ~placed[:, i] & (i < count) & (np.minimum(cx, cy) >= low[:, i]) & (np.maximum(cx, cy) <= P - low[:, i])
             for j in range(i):
                 reach, gap = radius[:, i] + radius[:, j], np.maximum(abs(cx - x[:, j]), abs(cy - y[:, j]))
                 beside = (gap >= 0.42 * reach) & (gap <= 0.75 * reach)
@@ -413,6 +416,9 @@ def relation(a: Thing, b: Thing) -> str | None:
         return None
     return ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
 
+def overlap(a: Thing, b: Thing) -> bool:
+    return max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius)
+
 # --- captions: GenEval's six kinds (arXiv 2310.11513), and a longer one ---------------------------------------------
 
 def captions(objects: list[Thing]) -> dict[str, str]:
@@ -441,10 +447,15 @@ def captions(objects: list[Thing]) -> dict[str, str]:
                                   for (c, s), k in groups.items())
     return found
 
-def describe(objects: list[Thing], P: int) -> str:
-    """Everything there is to say about a scene, top to bottom in quarters: the dense text signal of the dialogues."""
-    scan = sorted(objects, key=lambda o: (int(o.y * 4 / P), o.x))
-    return ", ".join(f"{o.size} {o.color} {o.shape} {where(o, P)}" for o in scan) + "."
+def describe(objects: list[Thing], rng: random.Random, P: int) -> str:
+    """Everything there is to say about a scene, in random order: every word depends on the name before it, which makes
+    this the densest lesson in looking things up. Objects are listed back to front: of two that overlap one is hidden.
+    """
+    def line(o: Thing) -> str:
+        name, others = " ".join(rng.sample([o.color, o.shape], 2)), [p for p in objects if p is not o and overlap(o, p)]
+        order = [] if not others else ["front" if o.index > others[0].index else "hidden"]
+        return " ".join([name, where(o, P), o.size, *order])
+    return ", ".join(map(line, rng.sample(objects, len(objects)))) + "."
 
 # --- questions: (objects, rng, cfg) → (question, answer), or None where the scene does not allow one ------------------
 
@@ -512,7 +523,7 @@ def ask_size(objects, rng, cfg):
 
 def ask_occlusion(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
-        if max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius):      # objects are listed back to front
+        if overlap(a, b):                                    # objects are listed back to front
             return f"is the {name_a} in front of the {name_b}?", "yes" if a.index > b.index else "no"
 
 def ask_compare(objects, rng, cfg):
@@ -540,7 +551,7 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     Returns ids and, for each, whether it is supervised (answers and their end token are).
     """
     turns, asked = [], set()
-    last = ("list the objects.", describe(objects, cfg.image_size))
+    last = ("list the objects.", describe(objects, rng, cfg.image_size))
     tokens = lambda question, answer: (TEXT.encode(question), TEXT.encode(answer) + [Text.END])
     budget -= sum(map(len, tokens(*last)))
     kinds = list(QUESTIONS) * 2
@@ -1235,7 +1246,10 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
                 batch = (pending.result() if pending else make(step)).to(device)
                 if device.type != "cpu" and step + 1 < steps:  # on a CPU two threads would fight for the cores
                     pending = ahead.submit(make, step + 1)
+                before = time.perf_counter()
                 parts = update(batch, torch.tensor(rate_factor(step, steps), device=device))
+                if step == start and cfg.compile and time.perf_counter() - before > 1:
+                    bar.write(f"first step, with compilation: {time.perf_counter() - before:.0f} s")
                 bar.update()
                 if step % 10 == 0 or step == steps - 1 or (step + 1) % cfg.save_every == 0:
                     values = {k: v.item() for k, v in parts.items()}

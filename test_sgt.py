@@ -126,7 +126,7 @@ def test_everything_the_scenes_say_is_made_of_known_words_and_fits():
     scenes = sgt.sample_scenes(Config(**PRESETS["base"]), "train", np.arange(600))
     for b in range(600):
         objects, rng = sgt.things(scenes, b), random.Random(b)
-        texts = list(sgt.captions(objects).values()) + [sgt.describe(objects, 64)]
+        texts = list(sgt.captions(objects).values()) + [sgt.describe(objects, random.Random(b), 64)]
         texts += [t for _, ask in QUESTIONS.values() for t in ask(objects, rng, CFG) or ()]
         for text in texts:
             assert known(text) and TEXT.decode(TEXT.encode(text)) == text, text
