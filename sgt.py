@@ -85,7 +85,7 @@ class Config:
     row_len: int = 88                 # S: a row holds one dialogue, captioned image or proxy sample
     prompt_len: int = 16              # text tokens before a generated image
     # training
-    base_steps: int = 2400            # steps of the base model
+    base_steps: int = 3000            # steps of the base model
     arm_steps: int = 300              # steps of every post-training arm
     vqa_batch: int = 32               # base: understanding dialogues a step
     t2i_batch: int = 24               # base: captioned images a step
@@ -454,7 +454,7 @@ def describe(objects: list[Thing], rng: random.Random, P: int) -> str:
     def line(o: Thing) -> str:
         name, others = " ".join(rng.sample([o.color, o.shape], 2)), [p for p in objects if p is not o and overlap(o, p)]
         order = [] if not others else ["front" if o.index > others[0].index else "hidden"]
-        return " ".join([name, where(o, P), o.size, *order])
+        return " ".join([name, *rng.sample([where(o, P), o.size, *order], 2 + len(order))])
     return ", ".join(map(line, rng.sample(objects, len(objects)))) + "."
 
 # --- questions: (objects, rng, cfg) → (question, answer), or None where the scene does not allow one ------------------
@@ -718,10 +718,12 @@ def matrix(*shape: int, gain: float = 1.0) -> nn.Parameter:
 def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin for rotary positions in two dimensions: half of each head turns with the row, half with the column.
 
-    positions (…, S, 2) → two tensors (…, 1, S, head_dim / 2). Text at place t uses (t, t).
+    positions (…, S, 2) → two tensors (…, 1, S, head_dim / 2). Text at place t uses (t, t). Half of the frequencies are
+    zero: what does not turn can match by content alone, and a word finds its object wherever that is.
     """
     n = head_dim // 4
     frequency = 100.0 ** (-torch.arange(n, device=positions.device, dtype=torch.float32) / n)
+    frequency[n // 2:] = 0
     angle = (positions.float()[..., None] * frequency).flatten(-2)                        # (…, S, head_dim/2)
     return angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)
 
