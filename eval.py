@@ -476,43 +476,45 @@ def recorded_attention():
 
 @torch.no_grad()
 def looks_at(cfg: Config, model, total: int = 200) -> dict[str, list[float]]:
-    """Per layer, in percent: how much of the attention of the last token of "what color is the SHAPE?" goes to the image,
-    how much of that falls on the object asked about, and the share of the image that the object covers (chance).
+    """Attention in answering "what color is the SHAPE?", per layer, in percent: how much of that of the last token, which
+    says the answer, goes to the image; how much of this falls on the object asked about, from the last token and from
+    the word SHAPE itself; and the share of the image that the object covers (chance).
     """
     rows = [(q, scenes, b, a) for kind, scenes, b, q, a in questions(cfg, "val", total * len(QUESTIONS)) if kind == "color"]
-    image_share, object_share, area = [], [], []
+    found = {"image": [], "object": [], "object from its name": [], "chance": []}
     for question, scenes, b, color in rows:
-        one = sgt.pick(scenes, slice(b, b + 1))
+        one, ids = sgt.pick(scenes, slice(b, b + 1)), TEXT.encode(question)
         rendered = sgt.render(cfg, one)
-        target = next(o.index for o in sgt.things(one, 0) if o.color == color and o.shape in question)
-        cover = F.avg_pool2d((rendered.instance == target + 1).float()[:, None], cfg.see_patch).flatten()       # (U,)
+        target = next(o for o in sgt.things(one, 0) if o.color == color and o.shape in question)
+        cover = F.avg_pool2d((rendered.instance == target.index + 1).float()[:, None], cfg.see_patch).flatten() > 0   # (U,)
         with recorded_attention() as seen:
-            sgt.prefill(model, [TEXT.encode(question)], rendered.image.to(model.embed.device), 0)
-        on_patches = torch.stack([w[0, :, -1, :cfg.patches].mean(0).cpu() for w in seen])             # (layers, U)
-        image_share.append(on_patches.sum(1))
-        object_share.append((on_patches * (cover > 0)).sum(1) / on_patches.sum(1).clamp(min=1e-9))
-        area.append((cover > 0).float().mean())
-    mean = lambda x: (100 * torch.stack(x).mean(0)).tolist()
-    return {"image": mean(image_share), "object": mean(object_share), "chance": [mean(area)] * cfg.depth}
+            sgt.prefill(model, [ids], rendered.image.to(model.embed.device), 0)
+        weights = torch.stack([w[0].mean(0).cpu() for w in seen])[:, cfg.patches:, :cfg.patches]     # (layers, T, U)
+        on_object = weights[..., cover].sum(-1) / weights.sum(-1).clamp(min=1e-9)                    # (layers, T)
+        found["image"].append(weights[:, -1].sum(-1))
+        found["object"].append(on_object[:, -1])
+        found["object from its name"].append(on_object[:, len(TEXT.encode("what color is the"))])
+        found["chance"].append(cover.float().mean().expand(cfg.depth))
+    return {name: (100 * torch.stack(values).mean(0)).tolist() for name, values in found.items()}
 
 KEYWORDS = {"object": [w for s in SHAPES for w in (s, sgt.plural(s))], "color": COLOR_NAMES, "number": sgt.NUMBERS,
             "position": ["left", "right", "above", "below", "of"]}
 
 @torch.no_grad()
-def listens_to(cfg: Config, model, tokenizer, prompts: list[Prompt]) -> dict[str, float]:
-    """How the attention that image tokens pay to the prompt spreads over its kinds of words, in percent, mean over layers,
-    in the first step of a drawing, when every token is masked.
+def listens_to(cfg: Config, model, tokenizer, prompts: list[Prompt]) -> dict[str, float | None]:
+    """How much attention image tokens pay to a prompt's words of each kind, 100 = to an average word of it; mean over
+    layers, in the first step of a drawing, when every token is masked.
     """
     kind_of = {TEXT.encode(word)[0]: kind for kind, words in KEYWORDS.items() for word in words}
-    share = Counter()
+    paid = {kind: [] for kind in [*KEYWORDS, "other"]}
     for prompt in prompts:
         ids = [TEXT.BOS] + TEXT.encode(prompt.text)
         with recorded_attention() as seen:
             sgt.generate(model, tokenizer, [ids], steps=1, temperature=0.0)
-        on_words = torch.stack([w[0].mean((0, 1))[:len(ids)].cpu() for w in seen[cfg.depth:]]).mean(0)     # (T,)
-        for token, weight in zip(ids[1:], (on_words[1:] / on_words[1:].sum()).tolist()):
-            share[kind_of.get(token, "other")] += 100 * weight / len(prompts)
-    return {kind: share[kind] for kind in [*KEYWORDS, "other"]}
+        words = torch.stack([w[0].mean((0, 1))[1:len(ids)].cpu() for w in seen[cfg.depth:]]).mean(0)       # (T - 1,)
+        for token, weight in zip(ids[1:], (100 * words / words.mean()).tolist()):
+            paid[kind_of.get(token, "other")].append(weight)
+    return {kind: float(np.mean(x)) if x else None for kind, x in paid.items()}
 
 @torch.no_grad()
 def patch_features(cfg: Config, model, scenes: sgt.Scenes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -646,6 +648,15 @@ def markdown(report: dict) -> str:
                        for m in ("pq", "sq", "rq", "miou", "ap", "ap50", "ar")])]
     if "semantic" in models:
         out.append(f"semantic: mIoU of classes {models['semantic']['segmentation']['semantic_miou']:.1f}")
+    inside = report["mechanism"]
+    best = lambda part, key: [max(inside[a][part][key] if part == "looks_at" else inside[a][part]["probes"][key]) for a in arms]
+    out += ["\nInside, in % (attention to words: 100 = an average word), at the layer where it is clearest",
+            table(["linear probe, or attention", "chance", *names],
+                  [[f"{task} from the patches", inside["base"]["separability"]["majority"][task], *best("separability", task)]
+                   for task in ("shape", "color", "count")]
+                  + [[f"on the {key}", inside["base"]["looks_at"]["chance"][0], *best("looks_at", key)]
+                     for key in ("object", "object from its name")]
+                  + [[f"drawing: on {kind} words", 100.0, *(inside[a]["listens_to"][kind] for a in arms)] for kind in [*KEYWORDS, "other"]])]
     if "none" in models and len(arms) > 2:
         out += [""] + [f"{label(arm)} against SFT, one seed: " + compare(report, arm) + "." for arm in arms if arm not in ("base", "none")]
     return "\n".join(out)
@@ -786,17 +797,18 @@ def svg_points(title: str, points: list[list[float]], classes: list[int], names:
 
 @torch.no_grad()
 def attention_maps(cfg: Config, models: dict, n: int = 6) -> bytes:
-    """Where each model looks when asked for a color: the attention of the question's last token to the patches, mean over
+    """Where each model looks when asked "what color is the SHAPE?": attention from the word SHAPE to the patches, mean over
     heads, at the layer that looks most at the object asked about; a PNG.
     """
     chosen = [(q, s, b) for kind, s, b, q, _ in questions(cfg, "val", 2000) if kind == "color" and s.count[b] > 2][:n]
     seen = torch.cat([sgt.render(cfg, sgt.pick(s, slice(b, b + 1))).image for _, s, b in chosen])
     rows = [("asked", seen, [q for q, _, _ in chosen])]
+    word = len(TEXT.encode("what color is the"))
     for arm, (model, layer) in models.items():
         with recorded_attention() as found:
             for i, (question, _, _) in enumerate(chosen):
                 sgt.prefill(model, [TEXT.encode(question)], seen[i:i + 1].to(model.embed.device), 0)
-        heat = torch.stack([w[0, :, -1, :cfg.patches].mean(0).cpu() for w in found[layer::cfg.depth]])               # (n, U)
+        heat = torch.stack([w[0, :, cfg.patches + word, :cfg.patches].mean(0).cpu() for w in found[layer::cfg.depth]])   # (n, U)
         heat = (heat / heat.max(1, keepdim=True).values).view(-1, 1, cfg.see_grid, cfg.see_grid)
         rows.append((f"{label(arm)}, layer {layer + 1}", seen * (0.15 + 0.85 * F.interpolate(heat, cfg.image_size)), None))
     return sgt.picture_grid(rows)
@@ -836,22 +848,21 @@ def write_html(run: sgt.Run, report: dict) -> None:
         curves.append(svg_lines(f"loss: {label(stage)}", {k: [(line["step"], min(line[k], 8)) for line in lines] for k in names}, 0.0))
     by_layer = lambda key, part: {label(a): list(enumerate(m[key][part], 1)) for a, m in arms.items()}
     first = next(iter(arms.values()))
-    look = {**by_layer("looks_at", "object"), "chance": list(enumerate(first["looks_at"]["chance"], 1))}
+    chance = {"chance": list(enumerate(first["looks_at"]["chance"], 1))}
     layers = [svg_lines("attention of the answer on the image, % by layer", by_layer("looks_at", "image"), 0.0),
-              svg_lines("… of that on the object asked about, %", look, 0.0)]
+              svg_lines("… of that on the object asked about, %", {**by_layer("looks_at", "object"), **chance}, 0.0),
+              svg_lines("… and from the word that names it, %", {**by_layer("looks_at", "object from its name"), **chance}, 0.0)]
     for task, majority in first["separability"]["majority"].items():
         lines = {label(a): list(enumerate(m["separability"]["probes"][task])) for a, m in arms.items()}
         layers.append(svg_lines(f"linear probe for {task}, % by layer (majority {majority:.0f})", lines))
     last = list(arms)[-1]
     s = arms[last]["separability"]
     layers.append(svg_points(f"patches of the last layer, {label(last)}, by shape", s["points"], s["shapes"], sgt.SHAPE_NAMES[:max(s["shapes"]) + 1]))
-    words = table(["share of prompt attention, %", *first["listens_to"]],
-                  [[label(a), *m["listens_to"].values()] for a, m in arms.items()])
     samples = [picture(f"{label(p.name.split('_')[0])}: samples at step {int(p.stem.split('_')[1])}", p.read_bytes())
                for p in sorted((run.folder / "samples").glob("*_*.png")) if p.stem.split("_")[1] != "000000"]
     body = [f"<h1>{html.escape(run.folder.name)}: seed {report['seed']}, {report['device']}, torch {report['torch']}</h1>",
             html_of(markdown(report)), picture("The same scenes and prompts, by every model", (run.folder / "samples/comparison.png").read_bytes()),
-            picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()), "<h2>Layers</h2>", *layers, html_of(words), "<h2>Training</h2>", *curves, *samples]
+            picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()), "<h2>Layers</h2>", *layers, "<h2>Training</h2>", *curves, *samples]
     page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
             f"<title>{html.escape(run.folder.name)}</title><style>{STYLE}</style>" + "\n".join(body))
     run.write("report.html", page.encode())
