@@ -193,7 +193,8 @@ def as_coco(cfg: Config, instance: Tensor) -> dict:
     """Instance maps (n, P, P) as a COCO data set without categories; annotation ids start at 1, because COCOeval takes
     a match with annotation 0 for none.
     """
-    images = [{"id": i, "width": instance.shape[2], "height": instance.shape[1], "file_name": f"{i:06d}.png"} for i in range(len(instance))]
+    images = [{"id": i, "width": instance.shape[2], "height": instance.shape[1], "file_name": f"{i:06d}.png"}
+              for i in range(len(instance))]
     found = [(i, m) for i, masks in enumerate(true_masks(instance)) for m in masks]
     annotations = [{"id": 1 + j, "image_id": i, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), **encode_mask(m)}
                    for j, (i, m) in enumerate(found)]
@@ -356,7 +357,8 @@ def pope_file(cfg: Config, path: str) -> tuple[list[Tensor], list[str], list[str
             if truth not in ("yes", "no"):
                 raise ValueError(f"label {truth!r} is neither yes nor no")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path} line {number}: {e.__class__.__name__} {e}; give {{\"image\": …, \"text\": …, \"label\": \"yes\" or \"no\"}}") from None
+            raise UserError(f"{path} line {number}: {e.__class__.__name__} {e}; give "
+                            '{"image": …, "text": …, "label": "yes" or "no"}') from None
         images.append(sgt.read_image(str(Path(path).parent / image), cfg.image_size)[0][0])
         texts.append(text.lower().strip())
         labels.append(truth)
@@ -632,12 +634,13 @@ def markdown(report: dict) -> str:
                  [[k, blind["majority"][k], blind["question_only"][k], *of("understanding", k)]
                   for k in [*QUESTIONS, "perception", "reasoning", "average"]]),
            "\nExistence by POPE: yes or no, half and half, in %",
-           table(["negatives", "metric", *names], [[kind, metric, *pope(kind, metric)] for kind in ("random", "popular", "adversarial")
-                 for metric in ("accuracy", "precision", "recall", "f1", "yes")]),
+           table(["negatives", "metric", *names],
+                 [[kind, metric, *pope(kind, metric)] for kind in ("random", "popular", "adversarial")
+                  for metric in ("accuracy", "precision", "recall", "f1", "yes")]),
            f"\nGeneration: pictures that show what was asked, in %, {report['prompts']} prompts",
            table(["prompt", "judge", "ceiling", *names],
-                 [[k, report["judge"][k], report["tokenizer"][k], *of("generation", k)] for k in [*GENEVAL, "average"]]
-                 + [["layout error, px", *(x["layout_error"] for x in (report["judge"], report["tokenizer"])), *of("generation", "layout_error")]]),
+                 [[name, report["judge"][k], report["tokenizer"][k], *of("generation", k)]
+                  for k, name in [*((k, k) for k in [*GENEVAL, "average"]), ("layout_error", "layout error, px")]]),
            f"(judge: on true pictures, of which it parses {report['judge']['exact']:.1f} % exactly; "
            "ceiling: on true pictures after a round trip through the tokenizer)"]
     segmented = [a for a in arms if "pq" in models[a].get("segmentation", {})]
@@ -656,9 +659,10 @@ def markdown(report: dict) -> str:
                    for task in ("shape", "color", "count")]
                   + [[f"on the {key}", inside["base"]["looks_at"]["chance"][0], *best("looks_at", key)]
                      for key in ("object", "object from its name")]
-                  + [[f"drawing: on {kind} words", 100.0, *(inside[a]["listens_to"][kind] for a in arms)] for kind in [*KEYWORDS, "other"]])]
+                  + [[f"drawing: on {kind} words", 100.0, *(inside[a]["listens_to"][kind] for a in arms)]
+                     for kind in [*KEYWORDS, "other"]])]
     if "none" in models and len(arms) > 2:
-        out += [""] + [f"{label(arm)} against SFT, one seed: " + compare(report, arm) + "." for arm in arms if arm not in ("base", "none")]
+        out += [""] + [f"{label(arm)} against SFT, one seed: {compare(report, arm)}." for arm in arms if arm not in ("base", "none")]
     return "\n".join(out)
 
 def compare(report: dict, arm: str) -> str:
@@ -780,7 +784,8 @@ def svg_lines(title: str, series: dict[str, list[tuple[float, float]]], low: flo
     at = lambda x, y: f"{44 + 340 * (x - left) / (right - left):.1f},{170 - 150 * (y - bottom) / (top - bottom):.1f}"
     out = [f'<figure><svg viewBox="0 0 400 {190 + 14 * len(series)}" role="img"><text x="44" y="12" class="t">{title}</text>',
            f'<path d="M44,20V170H384" class="a"/><text x="40" y="26" class="r">{top:.3g}</text>'
-           f'<text x="40" y="170" class="r">{bottom:.3g}</text><text x="44" y="183">{left:.4g}</text><text x="384" y="183" class="r">{right:.4g}</text>']
+           f'<text x="40" y="170" class="r">{bottom:.3g}</text><text x="44" y="183">{left:.4g}</text>'
+           f'<text x="384" y="183" class="r">{right:.4g}</text>']
     for i, (name, points) in enumerate(series.items()):
         color = INK[i % len(INK)]
         out.append(f'<polyline points="{" ".join(at(*p) for p in points)}" fill="none" stroke="{color}" stroke-width="1.6"/>'
@@ -857,12 +862,15 @@ def write_html(run: sgt.Run, report: dict) -> None:
         layers.append(svg_lines(f"linear probe for {task}, % by layer (majority {majority:.0f})", lines))
     last = list(arms)[-1]
     s = arms[last]["separability"]
-    layers.append(svg_points(f"patches of the last layer, {label(last)}, by shape", s["points"], s["shapes"], sgt.SHAPE_NAMES[:max(s["shapes"]) + 1]))
+    layers.append(svg_points(f"patches of the last layer, {label(last)}, by shape", s["points"], s["shapes"],
+                             sgt.SHAPE_NAMES[:max(s["shapes"]) + 1]))
     samples = [picture(f"{label(p.name.split('_')[0])}: samples at step {int(p.stem.split('_')[1])}", p.read_bytes())
                for p in sorted((run.folder / "samples").glob("*_*.png")) if p.stem.split("_")[1] != "000000"]
     body = [f"<h1>{html.escape(run.folder.name)}: seed {report['seed']}, {report['device']}, torch {report['torch']}</h1>",
-            html_of(markdown(report)), picture("The same scenes and prompts, by every model", (run.folder / "samples/comparison.png").read_bytes()),
-            picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()), "<h2>Layers</h2>", *layers, "<h2>Training</h2>", *curves, *samples]
+            html_of(markdown(report)),
+            picture("The same scenes and prompts, by every model", (run.folder / "samples/comparison.png").read_bytes()),
+            picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()),
+            "<h2>Layers</h2>", *layers, "<h2>Training</h2>", *curves, *samples]
     page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
             f"<title>{html.escape(run.folder.name)}</title><style>{STYLE}</style>" + "\n".join(body))
     run.write("report.html", page.encode())
@@ -899,8 +907,9 @@ def speed(cfg: Config, seconds: float = 4.0) -> str:
     lines = [[f"{what} a second", *(n / found[key][which] for which in ("ours", "eager fp32, sdpa")),
               found[key]["eager fp32, sdpa"] / found[key]["ours"]] for what, key, n in rows]
     return (f"{found['device']}, torch {found['torch']}\n" + table(["", "ours", "eager fp32, SDPA", "ratio"], lines)
-            + f"\ntrain step at {100 * found['share of the matrix rate']:.0f} % of the matrix rate of {found['gemm_gflops']:.0f} GFLOP/s; "
-            f"first step {found['first step, seconds']:.0f} s" + "".join(f"; {k.split(',')[0]} {v:.0f} MB" for k, v in found.items() if "MB" in k))
+            + f"\ntrain step at {100 * found['share of the matrix rate']:.0f} % of the matrix rate of {found['gemm_gflops']:.0f} "
+            f"GFLOP/s; first step {found['first step, seconds']:.0f} s"
+            + "".join(f"; {k.split(',')[0]} {v:.0f} MB" for k, v in found.items() if "MB" in k))
 
 def main(argv: list[str] | None = None) -> int:
     try:
@@ -938,12 +947,13 @@ def main(argv: list[str] | None = None) -> int:
                         sgt.answer(model, torch.stack(images[i:i + 250]).to(device), texts[i:i + 250], limit=5)]
                 scores[label(arm)] = pope_scores(truth, said)
             majority = 100 * max(truth.count("yes"), truth.count("no")) / len(truth)
-            print(table([f"{len(truth)} questions", *scores], [[m, *(s[m] for s in scores.values())] for m in next(iter(scores.values()))])
+            rows = [[metric, *(s[metric] for s in scores.values())] for metric in next(iter(scores.values()))]
+            print(table([f"{len(truth)} questions", *scores], rows)
                   + f"\nalways the same answer: accuracy {majority:.1f}")
             return 0
         if args.export:
-            _, tokenizer, model, arm = sgt.load_run(runs[0], args.model, device)
-            drawn, instance, _ = drawn_targets(cfg, model, tokenizer, arm if arm in ("instance", "shuffled") else "instance", cfg.eval_masks)
+            _, tokenizer, model, _ = sgt.load_run(runs[0], args.model, device)
+            drawn, instance, _ = drawn_targets(cfg, model, tokenizer, "instance", cfg.eval_masks)
             masks = masks_of(drawn, cfg.max_objects)
             results = coco_results(masks, confidence(drawn, masks, cfg.max_objects))
             path = Path(args.export)

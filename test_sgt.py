@@ -349,6 +349,12 @@ def test_a_recorded_step_is_the_step_where_there_is_no_graph():
     got = step((layout, 5), torch.tensor(2))
     assert torch.equal(got[0], layout.hi * 2) and got[1] == 5
 
+def test_an_unknown_backend_is_a_mistake_of_the_user():
+    """Measuring something else than what was asked for."""
+    done = subprocess.run([sys.executable, str(HERE / "sgt.py"), "--help"], env={**os.environ, "SGT_KERNELS": "fast"},
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "fast" in done.stderr
+
 def test_the_benchmark_measures_everything_it_prints():
     """A table with a hole; a ratio of nothing."""
     found = kernels.bench(0.0, CFG)
@@ -724,6 +730,7 @@ def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(t
     for name in ("config.json", "log.jsonl", "report.json", "report.md", "tokenizer.safetensors", "base.safetensors",
                  "none.safetensors", "instance.safetensors"):
         assert name in files
+    assert "report.html" in files and "samples/comparison.png" in files and "samples/attention.png" in files
     assert "samples/base_000000.png" in files and "samples/instance_000006.png" in files
     assert "SGT against SFT" in said and "question only" in said
     again = command("--train", "--preset", "smoke", cwd=folder)
@@ -731,6 +738,63 @@ def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(t
     as_json = command("runs/smoke", "--json", cwd=folder, script="eval.py")
     assert json.loads(as_json.stdout) == json.loads(files["report.json"])
     assert set(json.loads(as_json.stdout)["models"]) == {"base", "none", "instance"}
+
+def test_another_arm_can_grow_on_a_finished_base(trained, capsys, monkeypatch):
+    """A sweep that trains its base again, or one on a base of another world."""
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    smoke, other = folder / "runs/smoke", folder / "elsewhere"
+    args = ["--train", "--preset", "smoke", "--base", str(smoke), "--run", str(other), "--ratio", "1", "--proxies", "none,depth",
+            "--arm-scenes", "2", "--eval-questions", "10", "--eval-prompts", "6", "--eval-masks", "2", "--arm-steps", "2"]
+    assert sgt.main([*args, "--depth", "3"]) == 2 and "(depth)" in capsys.readouterr().err and not other.exists()
+    assert sgt.main(args) == 0 and (other / "depth.safetensors").exists()
+    assert (other / "base.safetensors").read_bytes() == (smoke / "base.safetensors").read_bytes()
+    assert {json.loads(line)["stage"] for line in (other / "log.jsonl").read_text().splitlines()} == {"none", "depth"}
+
+def test_the_proxy_may_be_given_few_scenes():
+    """A data-scaling sweep in which every setting sees the same data."""
+    cfg = dataclasses.replace(CFG, arm_scenes=3)
+    seen = [sgt.make_batch(cfg, "arm", step, 2, 2, "depth", 2).images[2:] for step in range(3)]
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 3 and torch.equal(seen[0][0], seen[1][1])
+    assert len(torch.cat([sgt.make_batch(CFG, "arm", s, 2, 2, "depth", 2).images[2:] for s in range(3)]).flatten(1).unique(dim=0)) == 6
+
+def test_scenes_and_masks_leave_as_coco_files_that_pycocotools_reads(trained, tmp_path, capsys):
+    """Masks of another picture; results that COCO's own loader refuses."""
+    run = str(trained[0] / "runs/smoke")
+    assert benchmark.main([run, "--export-scenes", str(tmp_path / "scenes")]) == 0
+    assert benchmark.main([run, "--export-scenes", str(tmp_path / "scenes")]) == 2                # not over what is there
+    assert benchmark.main([run, "--export", str(tmp_path / "masks.json")]) == 0
+    truth = benchmark.COCO(tmp_path / "scenes/instances.json")
+    cfg = Config(**PRESETS["smoke"])
+    scenes = sgt.sample_scenes(cfg, "val", np.arange(8))
+    instance = sgt.render(cfg, scenes).instance
+    assert sorted(truth.getImgIds()) == list(range(8)) and len(truth.anns) == sum(len(m) for m in benchmark.true_masks(instance))
+    for annotation in truth.anns.values():
+        mask = torch.from_numpy(truth.annToMask(annotation)).bool()
+        shown = instance[annotation["image_id"]][mask].unique()
+        assert len(shown) == 1 and annotation["category_id"] == 1 + scenes.shape[annotation["image_id"], shown - 1]
+    drawn = json.loads((tmp_path / "masks.json").read_text())
+    assert not drawn or len(truth.loadRes(str(tmp_path / "masks.json")).anns) == len(drawn)
+    assert sgt.read_image(str(tmp_path / "scenes/images/000003.png"), 32)[0].shape == (1, 3, 32, 32)
+
+def test_a_pope_file_of_ones_own_is_asked_and_a_bad_one_is_named(trained, tmp_path, capsys):
+    """Answers counted against the wrong labels; a traceback from a stray line."""
+    run, ask = str(trained[0] / "runs/smoke"), tmp_path / "ask.jsonl"
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "text": "Is there a circle?", "label": label} for label in ("yes", "no", "no")]
+    ask.write_text("\n".join(map(json.dumps, lines)))
+    assert benchmark.main([run, "--pope", str(ask)]) == 0 and "accuracy 66.7" in capsys.readouterr().out
+    for bad in ("{", '{"image": "a.png"}', '{"image": "no.png", "text": "x?", "label": "yes"}', ""):
+        ask.write_text(bad)
+        assert benchmark.main([run, "--pope", str(ask)]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+def test_the_html_report_needs_nothing_from_elsewhere(trained):
+    """A page that is blank without a network; a table or a curve that was forgotten."""
+    page = (trained[0] / "runs/smoke/report.html").read_text()
+    assert not re.search(r"<script|<link|src=[\"']?(?!data:)", page) and "http" not in page
+    for part in ("Understanding", "POPE", "Generation", "Segmentation", "linear probe for shape", "loss: base", "SGT: samples"):
+        assert part in page, part
 
 def test_the_verbs_work_on_any_picture(trained, tmp_path):
     """A palette image, 16 bits, transparency, a single pixel, a rotated photograph."""
