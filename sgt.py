@@ -75,8 +75,9 @@ class Config:
     tok_width: int = 128              # width of the tokenizer's transformer blocks
     tok_depth: int = 2                # transformer blocks in the decoder
     tok_reach: int = 1                # side of what the encoder sees around a patch, in patches
-    tok_steps: int = 600              # training steps
+    tok_steps: int = 800              # training steps
     tok_batch: int = 64               # images a step
+    tok_adam_lr: float = 0.002        # AdamW learning rate of everything but the matrices of the blocks
     # the unified model
     width: int = 128                  # D, a multiple of head_dim
     depth: int = 4                    # transformer blocks
@@ -85,7 +86,7 @@ class Config:
     row_len: int = 88                 # S: a row holds one dialogue, captioned image or proxy sample
     prompt_len: int = 16              # text tokens before a generated image
     # training
-    base_steps: int = 3000            # steps of the base model
+    base_steps: int = 2400            # steps of the base model
     arm_steps: int = 300              # steps of every post-training arm
     vqa_batch: int = 32               # base: understanding dialogues a step
     t2i_batch: int = 24               # base: captioned images a step
@@ -99,7 +100,7 @@ class Config:
     image_weight: float = 1.0         # weight of each image loss (the paper's)
     condition_drop: float = 0.1       # share of captions dropped, for guidance
     lr: float = 0.02                  # Muon learning rate of the matrices, base and tokenizer
-    adam_lr: float = 0.012            # AdamW learning rate of embeddings and heads
+    adam_lr: float = 0.012            # AdamW learning rate of the model's embeddings and heads
     arm_lr: float = 0.3               # arms: both learning rates times this
     # sampling
     sample_steps: int = 12            # parallel refinement steps of one image
@@ -1204,15 +1205,16 @@ ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies"
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
 
-def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int, rate: float, make, step_losses, sample):
+def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int, rates: tuple[float, float], make, step_losses,
+                sample):
     """The training loop of every stage: draw a batch, one step, log, now and then a sample grid and a checkpoint.
 
     `make(step)` builds a batch, a pure function of the step, so a resumed run repeats the same numbers bit for bit;
-    `step_losses(batch)` returns named losses; `rate` scales the learning rates; `sample(step)` draws the grid.
+    `step_losses(batch)` returns named losses; `rates` are those of Muon and AdamW; `sample(step)` draws the grid.
     """
     device = next(module.parameters()).device
     weights = {"mse": 4.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
-    optimizer, start = Optimizer(module, rate * cfg.lr, rate * cfg.adam_lr), 0
+    optimizer, start = Optimizer(module, *rates), 0
     state, meta = run.load("state") if run.done("state") else ({}, {})
     if meta.get("stage") == name:
         start = int(meta["step"])
@@ -1386,11 +1388,12 @@ def train(cfg: Config, run: Run) -> None:
         run.write(f"samples/{name}_{step:06d}.png", picture_grid(rows))
 
     if not run.done("tokenizer"):
-        train_stage(run, cfg, "tokenizer", tokenizer, cfg.tok_steps, 1.0, lambda step: tokenizer_batch(cfg, step),
-                    lambda image: tokenizer_loss(tokenizer, image, block), sample_tokenizer)
+        train_stage(run, cfg, "tokenizer", tokenizer, cfg.tok_steps, (cfg.lr, cfg.tok_adam_lr),
+                    lambda step: tokenizer_batch(cfg, step), lambda image: tokenizer_loss(tokenizer, image, block),
+                    sample_tokenizer)
     run.restore("tokenizer", tokenizer)
     if not run.done("base"):
-        train_stage(run, cfg, "base", base, cfg.base_steps, 1.0,
+        train_stage(run, cfg, "base", base, cfg.base_steps, (cfg.lr, cfg.adam_lr),
                     lambda step: make_batch(cfg, "train", step, cfg.vqa_batch, cfg.t2i_batch),
                     lambda batch: losses(base, tokenizer, batch, block, loss), lambda step: sample_model(base, "base", step))
     for arm in cfg.arms:
@@ -1404,8 +1407,9 @@ def train(cfg: Config, run: Run) -> None:
                     return make_batch(cfg, "arm", step, 0, 0, arm, samples)
                 return make_batch(cfg, "arm", step - first, cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
 
-            train_stage(run, cfg, arm, model, first + cfg.arm_steps, cfg.arm_lr, make,
-                        lambda batch: losses(model, tokenizer, batch, block, loss), lambda step: sample_model(model, arm, step))
+            train_stage(run, cfg, arm, model, first + cfg.arm_steps, (cfg.arm_lr * cfg.lr, cfg.arm_lr * cfg.adam_lr),
+                        make, lambda batch: losses(model, tokenizer, batch, block, loss),
+                        lambda step: sample_model(model, arm, step))
     if not (run.folder / "report.json").exists():
         evaluate(run, device)
     print(show(run))

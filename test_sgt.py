@@ -533,7 +533,7 @@ def test_an_interrupted_stage_resumes_to_the_same_bits(tmp_path):
                 if step == stop_at and not run.done("state"):
                     os.kill(os.getpid(), signal.SIGTERM)
                 return sgt.make_batch(CFG, "arm", step, *((0, 0, "depth", 2) if step < 3 else (2, 2)))
-            sgt.train_stage(run, CFG, "depth", model, 9, 1.0, make,
+            sgt.train_stage(run, CFG, "depth", model, 9, (0.02, 0.01), make,
                             lambda batch: sgt.losses(model, tokenizer, batch), lambda step: None)
         if stop_at:
             with pytest.raises(sgt.Interrupted) as stopped:
