@@ -359,9 +359,15 @@ class GraphedStep:
             return out
         if key not in self.graphs:
             graph, static = torch.cuda.CUDAGraph(), [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            with torch.cuda.graph(graph):
-                out = self.function(*tree_unflatten(static, spec))
-            self.graphs[key] = graph, static, out
+            try:
+                with torch.cuda.graph(graph):
+                    out = self.function(*tree_unflatten(static, spec))
+                self.graphs[key] = graph, static, out
+            except RuntimeError as e:              # something inside cannot be recorded: as slow as without, no worse
+                print(f"no CUDA graph ({' '.join(str(e).split()):.120}); launching every kernel")
+                self.graphs[key] = None
+        if self.graphs[key] is None:
+            return self.function(*inputs)
         graph, static, out = self.graphs[key]
         for place, value in zip(static, leaves):
             if isinstance(value, Tensor):
