@@ -69,7 +69,10 @@ def split_parts(label_map: Tensor, classes: int, smallest: float) -> tuple[Tenso
 
 def nearest(image: Tensor, palette: Tensor) -> Tensor:
     """Index of the palette color (n, 3) nearest to every pixel of (B, 3, P, P); (B, P, P)."""
-    return (image[:, None] - palette[:, :, None, None]).square().sum(2).argmin(1)
+    return distances(image, palette).argmin(1)
+
+def distances(image: Tensor, palette: Tensor) -> Tensor:
+    return torch.stack([(image - color[:, None, None]).square().sum(1) for color in palette], 1)          # (B, n, P, P)
 
 def judge(cfg: Config, image: Tensor) -> list[list[Thing]]:
     """The objects in pictures (B, 3, P, P) of the scene world, by analysis through synthesis.
@@ -226,7 +229,7 @@ def average_precision(truth: dict, results: list[dict]) -> dict[str, float]:
 def confidence(drawn: Tensor, masks: list[Tensor], colors: int) -> list[list[float]]:
     """How surely each mask was painted: 1 minus the mean distance of its pixels to their palette color."""
     palette = PALETTE[:colors + 1]
-    distance = (drawn.cpu()[:, None] - palette[:, :, None, None]).square().sum(2).min(1).values.sqrt()        # (n, P, P)
+    distance = distances(drawn.cpu(), palette).min(1).values.sqrt()                                # (n, P, P)
     return [[round(1 - float(distance[i][m].mean()), 4) for m in each] for i, each in enumerate(masks)]
 
 def semantic_miou(cfg: Config, drawn: Tensor, category: Tensor) -> float:
@@ -245,32 +248,42 @@ def scene_stream(cfg: Config, split: str, chunk: int = 256, overlap: float = 0.5
         yield sgt.sample_scenes(cfg, split, np.arange(start, start + chunk), overlap)
         start += chunk
 
-def questions(cfg: Config, split: str, total: int) -> list[tuple[str, sgt.Scenes, int, str, str]]:
-    """The same number of questions of every kind: (kind, scenes, index in them, question, answer)."""
-    per_kind = max(1, total // len(QUESTIONS))
-    items: dict[str, list] = {kind: [] for kind in QUESTIONS}
+Item = namedtuple("Item", "kind scenes index question truth")
+
+def questions(cfg: Config, split: str, total: int) -> list[Item]:
+    """The same number of questions of every kind, each about a scene of its own: errors of answers about one scene go
+    together, and standard errors and tests take them for independent.
+    """
+    need, items = Counter(dict.fromkeys(QUESTIONS, max(1, total // len(QUESTIONS)))), []
     for scenes in scene_stream(cfg, split):
         for b in range(len(scenes)):
             objects, rng = sgt.things(scenes, b), sgt.word_rng(scenes, b)
-            for kind, (_, ask) in QUESTIONS.items():
-                asked = ask(objects, rng, cfg) if len(items[kind]) < per_kind else None
+            for kind, missing in need.most_common():                  # the kind that lags behind first
+                asked = QUESTIONS[kind][1](objects, rng, cfg) if missing else None
                 if asked:
-                    items[kind].append((kind, scenes, b, *asked))
-        if all(len(found) >= per_kind for found in items.values()):
-            return [item for found in items.values() for item in found]
+                    items.append(Item(kind, scenes, b, *asked))
+                    need[kind] -= 1
+                    break
+        if not need.total():
+            return items
 
-def blind_baselines(cfg: Config, items: list) -> dict[str, dict[str, float]]:
+def blind_baselines(cfg: Config, items: list[Item]) -> dict[str, dict[str, float]]:
     """Accuracy without the image: the commonest training answer of a kind, and of the very question."""
     by_kind, by_question = {kind: Counter() for kind in QUESTIONS}, {}
-    for kind, _, _, question, truth in questions(cfg, "train", 20000):
-        by_kind[kind][truth] += 1
-        by_question.setdefault(question, Counter())[truth] += 1
+    scenes = sgt.sample_scenes(cfg, "train", np.arange(10000))
+    for b in range(len(scenes)):
+        objects, rng = sgt.things(scenes, b), sgt.word_rng(scenes, b)
+        for kind, (_, ask) in QUESTIONS.items():
+            question, truth = ask(objects, rng, cfg) or ("", "")
+            if question:
+                by_kind[kind][truth] += 1
+                by_question.setdefault(question, Counter())[truth] += 1
     top = lambda counter: counter.most_common(1)[0][0]
     majority, question_only = {}, {}
     for kind in QUESTIONS:
-        asked = [(q, a) for k, _, _, q, a in items if k == kind]
-        majority[kind] = 100 * np.mean([top(by_kind[kind]) == a for _, a in asked])
-        question_only[kind] = 100 * np.mean([top(by_question.get(q, by_kind[kind])) == a for q, a in asked])
+        asked = [item for item in items if item.kind == kind]
+        majority[kind] = 100 * np.mean([top(by_kind[kind]) == i.truth for i in asked])
+        question_only[kind] = 100 * np.mean([top(by_question.get(i.question, by_kind[kind])) == i.truth for i in asked])
     return {"majority": summarize(majority), "question_only": summarize(question_only)}
 
 def summarize(by_kind: dict[str, float]) -> dict[str, float]:
@@ -279,22 +292,23 @@ def summarize(by_kind: dict[str, float]) -> dict[str, float]:
     return {**{k: float(v) for k, v in by_kind.items()}, "perception": level("perception"),
             "reasoning": level("reasoning"), "average": float(np.mean([by_kind[k] for k in QUESTIONS]))}
 
-def ask_all(model, items: list, batch: int = 250) -> list[str]:
-    """Greedy answers to (…, scenes, index, question, truth) items."""
+def ask_all(model, items: list[Item], batch: int = 250) -> list[str]:
+    """Greedy answers."""
     said = []
     for start in range(0, len(items), batch):
-        part = items[start:start + batch]
-        chunks = {id(item[-4]): item[-4] for item in part}
-        rendered = {key: sgt.render(model.cfg, scenes).image for key, scenes in chunks.items()}
-        images = torch.stack([rendered[id(item[-4])][item[-3]] for item in part])
-        said += sgt.answer(model, images.to(model.embed.device), [item[-2] for item in part], limit=5)
+        part, rendered = items[start:start + batch], {}
+        for item in part:
+            if id(item.scenes) not in rendered:
+                rendered[id(item.scenes)] = sgt.render(model.cfg, item.scenes).image
+        images = torch.stack([rendered[id(item.scenes)][item.index] for item in part])
+        said += sgt.answer(model, images.to(model.embed.device), [item.question for item in part], limit=5)
     return said
 
-def understanding(model, items: list) -> dict:
+def understanding(model, items: list[Item]) -> dict:
     """Accuracy in percent by kind: the greedy answer must equal the true one to the letter. `hits` has every single one."""
     right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS}
-    for (kind, *_, truth), said in zip(items, ask_all(model, items)):
-        right[kind].append(said == truth)
+    for item, said in zip(items, ask_all(model, items)):
+        right[item.kind].append(said == item.truth)
     return {**summarize({kind: 100 * np.mean(hits) for kind, hits in right.items()}), "hits": bits(right)}
 
 def bits(hits: dict[str, list[bool]]) -> dict[str, str]:
@@ -311,10 +325,12 @@ def hits_of(entry: dict, measure: str) -> np.ndarray:
     chosen = [k for k in kinds if which == "average" or k == which or QUESTIONS.get(k, ("",))[0] == which]
     return np.array([int(c) for k in chosen for c in kinds[k]], np.float64)
 
-def pope_items(cfg: Config, negatives: str, total: int) -> list:
+def pope_items(cfg: Config, negatives: str, total: int) -> list[Item]:
     """POPE (arXiv 2305.10355) on scenes: of each, one thing that is there and one that is not: any ("random"), the
-    commonest in training ("popular"), or a color and a shape that are both there but not together ("adversarial").
+    commonest in training ("popular", which says little here, where all are about as common), or a color and a shape that
+    are both there but not together ("adversarial").
     """
+    total = max(2, total // 2 * 2)
     every = [(c, s) for c in COLOR_NAMES[:cfg.colors] for s in sgt.SHAPE_NAMES[:cfg.shapes]]
     train = sgt.sample_scenes(cfg, "train", np.arange(4000))
     common = [pair for pair, _ in Counter((o.color, o.shape) for b in range(4000) for o in sgt.things(train, b)).most_common()]
@@ -328,7 +344,7 @@ def pope_items(cfg: Config, negatives: str, total: int) -> list:
                       "adversarial": mixed}[negatives]
             if absent:
                 for (color, shape), truth in ((rng.choice(there), "yes"), (rng.choice(absent), "no")):
-                    items.append((scenes, b, f"is there a {color} {shape}?", truth))
+                    items.append(Item("existence", scenes, b, f"is there a {color} {shape}?", truth))
             if len(items) >= total:
                 return items[:total]
 
@@ -353,15 +369,17 @@ def pope_file(cfg: Config, path: str) -> tuple[list[Tensor], list[str], list[str
             continue
         try:
             entry = json.loads(line)
-            image, text, truth = entry["image"], entry.get("text") or entry["question"], entry["label"].strip().lower()
+            image, text, truth = str(entry["image"]), str(entry.get("text") or entry["question"]), entry["label"].strip().lower()
             if truth not in ("yes", "no"):
                 raise ValueError(f"label {truth!r} is neither yes nor no")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path} line {number}: {e.__class__.__name__} {e}; give "
                             '{"image": …, "text": …, "label": "yes" or "no"}') from None
         images.append(sgt.read_image(str(Path(path).parent / image), cfg.image_size)[0][0])
-        texts.append(text.lower().strip())
+        texts.append(" ".join(text.lower().split()))
         labels.append(truth)
+        if len(TEXT.encode(texts[-1])) > cfg.row_len - cfg.patches - 8:
+            raise UserError(f"{path} line {number}: the question is too long for the model; make it shorter")
     if not labels:
         raise UserError(f"{path} holds no questions; give one JSON object a line")
     return images, texts, labels
@@ -482,12 +500,12 @@ def looks_at(cfg: Config, model, total: int = 200) -> dict[str, list[float]]:
     says the answer, goes to the image; how much of this falls on the object asked about, from the last token and from
     the word SHAPE itself; and the share of the image that the object covers (chance).
     """
-    rows = [(q, scenes, b, a) for kind, scenes, b, q, a in questions(cfg, "val", total * len(QUESTIONS)) if kind == "color"]
+    items = [i for i in questions(cfg, "val", total * len(QUESTIONS)) if i.kind == "color"]
     found = {"image": [], "object": [], "object from its name": [], "chance": []}
-    for question, scenes, b, color in rows:
-        one, ids = sgt.pick(scenes, slice(b, b + 1)), TEXT.encode(question)
+    for item in items:
+        one, ids = sgt.pick(item.scenes, slice(item.index, item.index + 1)), TEXT.encode(item.question)
         rendered = sgt.render(cfg, one)
-        target = next(o for o in sgt.things(one, 0) if o.color == color and o.shape in question)
+        target = next(o for o in sgt.things(one, 0) if o.shape in item.question)
         cover = F.avg_pool2d((rendered.instance == target.index + 1).float()[:, None], cfg.see_patch).flatten() > 0   # (U,)
         with recorded_attention() as seen:
             sgt.prefill(model, [ids], rendered.image.to(model.embed.device), 0)
@@ -513,7 +531,9 @@ def listens_to(cfg: Config, model, tokenizer, prompts: list[Prompt]) -> dict[str
         ids = [TEXT.BOS] + TEXT.encode(prompt.text)
         with recorded_attention() as seen:
             sgt.generate(model, tokenizer, [ids], steps=1, temperature=0.0)
-        words = torch.stack([w[0].mean((0, 1))[1:len(ids)].cpu() for w in seen[cfg.depth:]]).mean(0)       # (T - 1,)
+        # layers of the condition, then those of the drawing, then the tokenizer's, which decodes what was drawn
+        drawing = seen[cfg.depth:2 * cfg.depth]
+        words = torch.stack([w[0].mean((0, 1))[1:len(ids)].cpu() for w in drawing]).mean(0)        # (T - 1,)
         for token, weight in zip(ids[1:], (100 * words / words.mean()).tolist()):
             paid[kind_of.get(token, "other")].append(weight)
     return {kind: float(np.mean(x)) if x else None for kind, x in paid.items()}
@@ -529,8 +549,9 @@ def patch_features(cfg: Config, model, scenes: sgt.Scenes) -> tuple[Tensor, Tens
     for b in range(len(scenes)):
         rows.add(b, 0, [TEXT.BOS], patches=True)
     ids, slots, positions, layout = (x.to(model.embed.device) for x in rows.tensors())
-    features = model.see(rendered.image.to(model.embed.device))
-    x = model.embed_rows(ids, slots, features, torch.from_numpy(np.concatenate(rows.patch_at)).to(ids.device))
+    dtype = kernels.compute_dtype(ids.device)
+    features = model.see(rendered.image.to(ids.device, dtype))
+    x = model.embed_rows(ids, slots, features, torch.from_numpy(np.concatenate(rows.patch_at)).to(ids.device)).to(dtype)
     states.append(model.trunk(x, positions, layout, block=block)[:, :cfg.patches].float().cpu())
     p, M = cfg.see_patch, scenes.shape.shape[1]
     cover = torch.stack([F.avg_pool2d((rendered.instance == m).float()[:, None], p).flatten(1) for m in range(1, M + 1)], -1)
@@ -542,13 +563,13 @@ def probe(x: Tensor, y: Tensor, classes: int) -> float:
     """Accuracy in percent, on the second half, of a linear classifier fitted to the first by ridge regression on one-hot
     targets; x (n, D), y (n,).
     """
-    x = torch.cat([(x - x.mean(0)) / (x.std(0) + 1e-6), torch.ones(len(x), 1)], 1).double()
     half = len(x) // 2
+    x = torch.cat([(x - x[:half].mean(0)) / (x[:half].std(0) + 1e-6), torch.ones(len(x), 1)], 1).double()
     fit, target = x[:half], F.one_hot(y[:half].long(), classes).double()
     weight = torch.linalg.solve(fit.T @ fit + 0.01 * half * torch.eye(x.shape[1], dtype=torch.float64), fit.T @ target)
     return 100 * float(((x[half:] @ weight).argmax(1) == y[half:]).double().mean())
 
-def separability(cfg: Config, model, total: int = 400) -> dict:
+def separability(cfg: Config, model, total: int = 1000) -> dict:
     """Linear probes at every layer: shape and color of a patch that shows an object, and the number of objects from the
     mean of all patches; with the majority class, and two principal components of the last layer for a picture.
     """
@@ -560,8 +581,9 @@ def separability(cfg: Config, model, total: int = 400) -> dict:
              for name, (y, n) in tasks.items()}
     majority = {name: 100 * float(y.bincount().max() / len(y)) for name, (y, _) in tasks.items()}
     last = states[-1].reshape(-1, D)[on]
-    points = (last - last.mean(0)) @ torch.pca_lowrank(last, 2, niter=4)[2]                       # (n, 2)
-    return {"probes": found, "majority": majority, "points": points[:400].tolist(), "shapes": tasks["shape"][0][:400].tolist()}
+    last = last[:400] - last.mean(0)
+    points = last @ torch.linalg.svd(last, full_matrices=False)[2][:2].T                          # (400, 2)
+    return {"probes": found, "majority": majority, "points": points.tolist(), "shapes": tasks["shape"][0][:400].tolist()}
 
 # ==== 5. One run ============================================================================================
 
@@ -593,7 +615,7 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
         drawn = [sgt.generate(model, tokenizer, ids[i:i + 100], guidance=cfg.guidance, seed=i).cpu()
                  for i in range(0, len(ids), 100)]
         entry = {"understanding": understanding(model, items), "generation": score_pictures(cfg, prompts, torch.cat(drawn)),
-                 "pope": {kind: pope_scores([truth for *_, truth in asked], ask_all(model, asked)) for kind, asked in pope.items()}}
+                 "pope": {kind: pope_scores([i.truth for i in asked], ask_all(model, asked)) for kind, asked in pope.items()}}
         if arm in ("instance", "shuffled", "semantic"):
             entry["segmentation"] = segmentation(cfg, model, tokenizer, arm, cfg.eval_masks)
         report["models"][arm] = entry
@@ -602,11 +624,11 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
         looking[arm] = model, int(np.argmax(report["mechanism"][arm]["looks_at"]["object"]))
         cut.append((f"{label(arm)}: masks", sgt.generate(model, tokenizer, [segment] * 8, seen, temperature=0.0), None))
         free.append((f"{label(arm)}: drawn", torch.cat(drawn)[shown], [prompts[i].text for i in shown]))
+    run.write("report.json", json.dumps(report, indent=1).encode())
+    run.write("report.md", (markdown(report) + "\n").encode())
     run.write("samples/comparison.png", sgt.picture_grid(cut + free))
     run.write("samples/attention.png", attention_maps(cfg, looking))
     write_html(run, report)
-    run.write("report.md", (markdown(report) + "\n").encode())
-    run.write("report.json", json.dumps(report, indent=1).encode())
     return report
 
 def label(arm: str) -> str:
@@ -640,7 +662,8 @@ def markdown(report: dict) -> str:
            f"\nGeneration: pictures that show what was asked, in %, {report['prompts']} prompts",
            table(["prompt", "judge", "ceiling", *names],
                  [[name, report["judge"][k], report["tokenizer"][k], *of("generation", k)]
-                  for k, name in [*((k, k) for k in [*GENEVAL, "average"]), ("layout_error", "layout error, px")]]),
+                  for k, name in [*((k, k) for k in [*GENEVAL, "average"]), ("layout_seen", "position: both there"),
+                                  ("layout_error", "layout error, px")]]),
            f"(judge: on true pictures, of which it parses {report['judge']['exact']:.1f} % exactly; "
            "ceiling: on true pictures after a round trip through the tokenizer)"]
     segmented = [a for a in arms if "pq" in models[a].get("segmentation", {})]
@@ -687,16 +710,14 @@ def show(run: sgt.Run) -> str:
 # ==== 6. Study: several arms, several seeds ==================================================================
 
 def permutation_test(differences: np.ndarray, rounds: int = 10000) -> float:
-    """Two-sided p of a mean of paired differences (n,) against signs flipped at random."""
-    differences = differences[differences != 0]
-    if not len(differences):
-        return 1.0
-    flips = np.random.default_rng(0).binomial(len(differences), 0.5, rounds) if len(set(abs(differences))) == 1 else None
-    if flips is not None:                          # all of one size: only how many are positive counts
-        means = abs(2 * flips - len(differences))
-        return float((1 + (means >= abs((differences > 0).sum() * 2 - len(differences))).sum()) / (1 + rounds))
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (rounds, len(differences)))
-    return float((1 + (abs(signs @ differences) >= abs(differences.sum()) - 1e-9).sum()) / (1 + rounds))
+    """Two-sided p of the sum of paired differences (n,) against signs flipped at random. Differences of one size are
+    drawn together: how many of them are positive is binomial.
+    """
+    sizes, counts = np.unique(abs(differences[differences != 0]).round(9), return_counts=True)
+    rng, sums = np.random.default_rng(0), np.zeros(rounds)
+    for size, count in zip(sizes, counts):
+        sums += size * (2 * rng.binomial(count, 0.5, rounds) - count)
+    return float((1 + (abs(sums) >= abs(differences.sum()) - 1e-6).sum()) / (1 + rounds))
 
 def study(reports: list[dict]) -> str:
     """The paper's table over one or several runs (seeds), and one sentence for each of its claims."""
@@ -708,38 +729,44 @@ def study(reports: list[dict]) -> str:
     spread = lambda x: f"{x.mean():.1f}" + (f" ± {x.std(ddof=1) / math.sqrt(n):.1f}" if n > 1 else "")
 
     def against(a: list[str], b: list[str], measure: str) -> tuple[float, float, bool]:
-        """Mean difference of two groups of arms in points, its p over all questions of all seeds, do the seeds agree?"""
-        mean = lambda r, group: np.mean([hits_of(r["models"][x], measure) for x in group], 0)
-        each = [mean(r, a) - mean(r, b) for r in reports]
-        d = np.concatenate(each)
-        return 100 * d.mean(), permutation_test(d), len({np.sign(x.mean()) for x in each}) == 1
+        """Mean difference of two groups of arms in points, its p over all questions of all seeds, do the seeds agree?
+        Of "this - that" the difference of the two differences: each question counts by its share of its own mean.
+        """
+        def one(r: dict, measure: str) -> np.ndarray:
+            mean = lambda group: np.mean([hits_of(r["models"][x], measure) for x in group], 0)
+            return (mean(a) - mean(b)) / len(mean(a))
+        first, *second = measure.split(" - ")
+        each = [np.concatenate([one(r, first), *(-one(r, m) for m in second)]) for r in reports]
+        return 100 * float(np.mean([x.sum() for x in each])), permutation_test(np.concatenate(each) * 1e3), len(
+            {np.sign(x.sum().round(9)) for x in each}) == 1
     rows = []
     for arm in arms:
-        pq = [r["models"][arm]["segmentation"]["pq"] for r in reports if "segmentation" in r["models"][arm]]
-        difference = ["", ""] if arm in ("base", "none") else [f"{d:+.1f} (p {p:.3f})" for d, p, _ in (
-            against([arm], ["none"], "understanding"), against([arm], ["none"], "generation"))]
-        rows.append([{"base": "", "none": ""}.get(arm, sgt.PROXIES[arm].level if arm in sgt.PROXIES else ""), label(arm),
+        pq = [part["pq"] for r in reports if "pq" in (part := r["models"][arm].get("segmentation", {}))]
+        difference = ["", ""]
+        if arm not in ("base", "none"):
+            difference = [f"{d:+.1f} (p {p:.3f})" for d, p, _ in (against([arm], ["none"], m) for m in ("understanding", "generation"))]
+        rows.append(["" if arm in ("base", "none") else sgt.PROXIES[arm].level, label(arm),
                      *(spread(values(arm, m)) for m in MEASURES), spread(np.array(pq)) if len(pq) == n else "–", *difference])
     of_level = lambda level: [a for a in arms if a in sgt.PROXIES and sgt.PROXIES[a].level == level]
     high, lower, drawn = of_level("high"), of_level("mid") + of_level("low"), [a for a in arms if a not in ("base", "none", "shuffled")]
 
     def verdict(claim: str, tests: list[tuple[list[str], list[str], str, int]]) -> str:
-        """tests: (arms, other arms, measure, wanted sign; 0 = no difference wanted)."""
+        """tests: (arms, other arms, measure, wanted sign)."""
         said, states = [], []
         for a, b, measure, sign in tests:
             if not a or not b:
                 return f"- {claim}: not measured (no such arm)."
             d, p, agree = against(a, b, measure)
             clear = p < 0.05 and agree
-            states.append(("holds" if d * sign > 0 else "does not hold") if clear else "not resolved" if sign else "holds")
+            states.append(("holds" if d * sign > 0 else "does not hold") if clear else "not resolved")
             said.append(f"{measure} {d:+.1f}, p {p:.3f}" + ", the seeds disagree" * (p < 0.05 and not agree))
         state = next((s for s in ("does not hold", "not resolved") if s in states), "holds")
         return f"- {claim}: **{state}** ({'; '.join(said)})."
     sgt_arm = ["instance"] if "instance" in arms else high[:1]
     claims = [verdict("High-level proxies help understanding more than mid- and low-level ones", [(high, lower, "understanding", 1)]),
               verdict("Segmentation helps understanding more than replay alone (SFT)", [(sgt_arm, ["none"], "understanding", 1)]),
-              verdict("It is perception that improves, not reasoning", [(sgt_arm, ["none"], "perception", 1),
-                                                                       (sgt_arm, ["none"], "reasoning", 0)]),
+              verdict("It is perception that improves, more than reasoning", [(sgt_arm, ["none"], "perception", 1),
+                                                                             (sgt_arm, ["none"], "perception - reasoning", 1)]),
               verdict("Proxies improve the placing of objects in generation", [(drawn, ["none"], "position", 1)]),
               verdict("Replay alone lowers generation below the base model", [(["none"], ["base"], "generation", -1)]),
               verdict("Masks of the right image teach more than masks of another", [(sgt_arm, ["shuffled"] if "shuffled" in arms else [],
@@ -749,13 +776,14 @@ def study(reports: list[dict]) -> str:
     return (f"{seeds}; {reports[0]['questions']} questions and {reports[0]['prompts']} prompts each; mean"
             f"{' ± standard error over seeds' * (n > 1)}; Δ against SFT, paired over questions and prompts\n{table(head, rows)}\n\n"
             + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does not know how another seed "
-            "would have turned out. So a claim holds only where p < 0.05 and every seed agrees on the sign.")
+            "would have turned out, and there are many tests here. So a claim holds only where p < 0.05 and every seed agrees "
+            "on the sign.")
 
 def sweep(reports: list[dict]) -> str:
     """Runs that differ in more than the seed: a line for each arm of each setting, seeds of one setting averaged."""
     settings = [{k: v for k, v in r["config"].items() if k not in sgt.NOT_PART_OF_A_RUN | {"seed"}} for r in reports]
     varied = [k for k in settings[0] if len({json.dumps(each.get(k)) for each in settings}) > 1]
-    if {"shapes", "colors", "max_objects", "eval_questions", "eval_prompts"} & set(varied):
+    if {"image_size", "shapes", "colors", "max_objects", "lattice", "texture", "eval_questions", "eval_prompts"} & set(varied):
         raise UserError(f"the runs are measured on different questions or worlds ({', '.join(varied)}); compare runs that agree in these")
     same = lambda each: tuple(each[k] for k in varied)
     if len({(same(each), r["seed"]) for each, r in zip(settings, reports)}) < len(reports):
@@ -797,7 +825,7 @@ def svg_points(title: str, points: list[list[float]], classes: list[int], names:
     p = np.array(points)
     p = (p - p.min(0)) / (p.max(0) - p.min(0) + 1e-9)
     dots = "".join(f'<circle cx="{20 + 360 * x:.1f}" cy="{180 - 155 * y:.1f}" r="2.4" fill="{INK[c]}"/>' for (x, y), c in zip(p, classes))
-    keys = "".join(f'<text x="{20 + 62 * i}" y="200" fill="{INK[i]}">{name}</text>' for i, name in enumerate(names))
+    keys = "".join(f'<text x="{20 + 46 * i}" y="200" fill="{INK[i]}">{name}</text>' for i, name in enumerate(names))
     return f'<figure><svg viewBox="0 0 400 206" role="img"><text x="20" y="12" class="t">{title}</text>{dots}{keys}</svg></figure>'
 
 @torch.no_grad()
@@ -805,14 +833,15 @@ def attention_maps(cfg: Config, models: dict, n: int = 6) -> bytes:
     """Where each model looks when asked "what color is the SHAPE?": attention from the word SHAPE to the patches, mean over
     heads, at the layer that looks most at the object asked about; a PNG.
     """
-    chosen = [(q, s, b) for kind, s, b, q, _ in questions(cfg, "val", 2000) if kind == "color" and s.count[b] > 2][:n]
-    seen = torch.cat([sgt.render(cfg, sgt.pick(s, slice(b, b + 1))).image for _, s, b in chosen])
-    rows = [("asked", seen, [q for q, _, _ in chosen])]
+    items = [i for i in questions(cfg, "val", 2000) if i.kind == "color"]
+    chosen = sorted(items, key=lambda i: -i.scenes.count[i.index])[:n]                             # crowded scenes
+    seen = torch.cat([sgt.render(cfg, sgt.pick(i.scenes, slice(i.index, i.index + 1))).image for i in chosen])
+    rows = [("asked", seen, [i.question for i in chosen])]
     word = len(TEXT.encode("what color is the"))
     for arm, (model, layer) in models.items():
         with recorded_attention() as found:
-            for i, (question, _, _) in enumerate(chosen):
-                sgt.prefill(model, [TEXT.encode(question)], seen[i:i + 1].to(model.embed.device), 0)
+            for i, item in enumerate(chosen):
+                sgt.prefill(model, [TEXT.encode(item.question)], seen[i:i + 1].to(model.embed.device), 0)
         heat = torch.stack([w[0, :, cfg.patches + word, :cfg.patches].mean(0).cpu() for w in found[layer::cfg.depth]])   # (n, U)
         heat = (heat / heat.max(1, keepdim=True).values).view(-1, 1, cfg.see_grid, cfg.see_grid)
         rows.append((f"{label(arm)}, layer {layer + 1}", seen * (0.15 + 0.85 * F.interpolate(heat, cfg.image_size)), None))
@@ -849,8 +878,9 @@ def write_html(run: sgt.Run, report: dict) -> None:
     log, curves, arms = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()], [], report["mechanism"]
     for stage in dict.fromkeys(line["stage"] for line in log):
         lines = [line for line in log if line["stage"] == stage]
-        names = [k for k in lines[0] if k not in ("stage", "step", "seconds")]
-        curves.append(svg_lines(f"loss: {label(stage)}", {k: [(line["step"], min(line[k], 8)) for line in lines] for k in names}, 0.0))
+        names = dict.fromkeys(k for line in lines for k in line if k not in ("stage", "step", "seconds"))
+        curves.append(svg_lines(f"loss: {label(stage)}", {k: [(line["step"], min(line[k], 8)) for line in lines if k in line]
+                                                          for k in names}, 0.0))
     by_layer = lambda key, part: {label(a): list(enumerate(m[key][part], 1)) for a, m in arms.items()}
     first = next(iter(arms.values()))
     chance = {"chance": list(enumerate(first["looks_at"]["chance"], 1))}
@@ -864,8 +894,11 @@ def write_html(run: sgt.Run, report: dict) -> None:
     s = arms[last]["separability"]
     layers.append(svg_points(f"patches of the last layer, {label(last)}, by shape", s["points"], s["shapes"],
                              sgt.SHAPE_NAMES[:max(s["shapes"]) + 1]))
-    samples = [picture(f"{label(p.name.split('_')[0])}: samples at step {int(p.stem.split('_')[1])}", p.read_bytes())
-               for p in sorted((run.folder / "samples").glob("*_*.png")) if p.stem.split("_")[1] != "000000"]
+    samples = []
+    for path in sorted((run.folder / "samples").glob("*_*.png")):
+        stage, step = path.stem.rsplit("_", 1)
+        if int(step):
+            samples.append(picture(f"{label(stage)}: samples at step {int(step)}", path.read_bytes()))
     body = [f"<h1>{html.escape(run.folder.name)}: seed {report['seed']}, {report['device']}, torch {report['torch']}</h1>",
             html_of(markdown(report)),
             picture("The same scenes and prompts, by every model", (run.folder / "samples/comparison.png").read_bytes()),
@@ -928,6 +961,9 @@ def main(argv: list[str] | None = None) -> int:
         cfg = dataclasses.replace(runs[0].config(), device=args.device)
         cfg.validate()
         device = sgt.choose_device(cfg)[0]
+        alone = [flag for flag in ("speed", "export_scenes", "pope", "export") if getattr(args, flag)]
+        if alone and len(runs) > 1:
+            raise UserError(f"{sgt.flag(alone[0])} takes one run, got {len(runs)}; name one")
         if args.speed:
             print(speed(cfg))
             return 0
@@ -969,8 +1005,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1))
         else:
-            arms = len(reports[0]["models"])
-            print("\n\n".join(([show(runs[0])] if len(runs) == 1 else []) + ([sweep(reports)] if len(runs) > 1 or arms > 3 else [])))
+            compared = len(runs) > 1 or ("none" in reports[0]["models"] and len(reports[0]["models"]) > 3)
+            print("\n\n".join([show(runs[0])] * (len(runs) == 1) + [sweep(reports)] * compared))
         return 0
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -127,8 +127,10 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 def attention_split(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Fused attention without a mask, called once for each run of rows that is dense or causal, with cuDNN's kernel
-    first. A baseline: all samples must have the layout of the first, with one document and no padding.
+    first: the baseline to beat where every sample is one document of the same blocks. Refuses (ValueError) what is not.
     """
+    if (layout.lo > 0).any() or (layout.hi != layout.hi[:1]).any() or (layout.hi == 0).any():
+        raise ValueError("attention_split takes samples of one and the same layout, without padding")
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.bias import causal_lower_right
     hi, outs, at = layout.hi[0].tolist(), [], 0
@@ -300,11 +302,11 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 BACKENDS = {"reference": lambda *args: attention_reference(*args)[0],
             "bmm": lambda q, k, v, layout: BmmAttention.apply(q, k, v, layout.lo, layout.hi),
-            "sdpa": attention_sdpa, "split": attention_split, "flex": attention_flex, "triton": attention_triton}
-# SGT_KERNELS: 0 = reference, 1 = the fastest, or a name. Read once: torch.compile takes it for a constant.
+            "sdpa": attention_sdpa, "flex": attention_flex, "triton": attention_triton}
+# SGT_KERNELS: 0 = reference, 1 = the fastest, or a name. torch.compile guards on it; the benchmark swaps it.
 CHOSEN = {"0": "reference", "1": ""}.get(os.environ.get("SGT_KERNELS", ""), os.environ.get("SGT_KERNELS", ""))
-if CHOSEN and CHOSEN not in BACKENDS:
-    print(f"error: there is no attention SGT_KERNELS={CHOSEN}; choose 0, 1 or one of {', '.join(BACKENDS)}", file=sys.stderr)
+if CHOSEN and (CHOSEN not in BACKENDS or CHOSEN == "triton" and triton is None):
+    print(f"error: there is no attention SGT_KERNELS={CHOSEN} here; choose 0, 1 or one of {', '.join(BACKENDS)}", file=sys.stderr)
     sys.exit(2)
 
 def fastest(q: Tensor, layout: Layout) -> str:
@@ -342,7 +344,7 @@ class GraphedStep:
     GPU for a value. Results live in the graph's memory: the next call overwrites them.
     """
     def __init__(self, function):
-        self.function, self.calls, self.graphs = function, {}, {}
+        self.function, self.calls, self.graphs, self.side = function, {}, {}, None
 
     def __call__(self, *inputs):
         leaves, spec = tree_flatten(inputs)
@@ -351,11 +353,11 @@ class GraphedStep:
         key = tuple(x.shape if isinstance(x, Tensor) else x for x in leaves)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:                          # a graph must not be the first to load a kernel
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side = self.side or torch.cuda.Stream()
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 out = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
             return out
         if key not in self.graphs:
             graph, static = torch.cuda.CUDAGraph(), [x.clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -437,20 +439,16 @@ class Optimizer:
 
 # ---- 6. Precision and compilation --------------------------------------------------------------------------
 
+# SGT_BF16=0 or 1 overrides what the hardware is good at; the benchmark swaps it.
+BF16 = {"0": False, "1": True}.get(os.environ.get("SGT_BF16", ""))
+CPU_HAS_BF16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where matrix products are faster in it: recent GPUs and CPUs with AVX-512-BF16 or AMX."""
+    fast = device.type == "cpu" and CPU_HAS_BF16
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and CPU_BF16 else torch.float32
-
-def cpu_has_bf16() -> bool:
-    """SGT_BF16=0 or 1 overrides what the processor says."""
-    if os.environ.get("SGT_BF16") in ("0", "1"):
-        return os.environ["SGT_BF16"] == "1"
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe and probe())
-
-CPU_BF16 = cpu_has_bf16()
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if (fast if BF16 is None else BF16) else torch.float32
 
 def compiled(function):
     """torch.compile with dynamic batch sizes, or the plain function, with one line of explanation, where that fails."""
@@ -464,6 +462,8 @@ def compiled(function):
             attempt = torch.compile(function, dynamic=True)
             out = attempt(*args)
             chosen = attempt
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:                 # no compiler, an unsupported platform: torch raises many kinds
             print(f"not compiled ({' '.join(repr(e).split()):.120}); running eagerly")
             out, chosen = function(*args), function
@@ -528,6 +528,7 @@ def check(cases: int = 6) -> int:
                 worst[name, dtype] = np.maximum(worst.get((name, dtype), 0.0), found)   # NaN stays NaN
                 if leaks(name, *inputs, layout, rng):
                     bad.append(f"{name} in {dtype}: a row depends on a column that it may not see (case {case})")
+    torch.use_deterministic_algorithms(False)
     print(f"{cases} random packings on {device}, torch {torch.__version__}; worst of ‖x − float64‖ / ‖float64‖:")
     print(f"{'':22}{'output':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
     for (name, dtype), found in worst.items():
@@ -571,8 +572,9 @@ def bench(seconds: float, cfg=None) -> dict:
     layout, (B, S), H, D = batch.layout, batch.ids.shape, cfg.width // cfg.head_dim, cfg.head_dim
     low = compute_dtype(device)
     torch.manual_seed(0)
-    a, b = (torch.randn(2048, 2048, device=device, dtype=low) for _ in range(2))
-    peak = 2 * 2048 ** 3 / medians({"gemm": lambda: a @ b}, 2.0, device)["gemm"]
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=low) for _ in range(2))
+    peak = 2 * side ** 3 / medians({"gemm": lambda: a @ b}, 2.0, device)["gemm"]
     found = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
              "torch": torch.__version__, "gemm_gflops": peak / 1e9}
 
@@ -588,21 +590,30 @@ def bench(seconds: float, cfg=None) -> dict:
     variants = {name: functools.partial(backward, f, qkv, grad) for name, f in attend.items()}
     variants["sdpa fp32"] = functools.partial(backward, attend["sdpa"], exact, grad.float())
     found["attention, forward + backward"] = medians(variants, seconds, device)
+    spans = np.zeros((4, B, S), np.int32)             # every sample an image that is looked at, a prompt, an image to draw
+    for row in range(B):
+        write_document(spans, row, 0, [("image", cfg.patches), ("text", S - cfg.patches - cfg.tokens), ("image", cfg.tokens)])
+    same = Layout(*(torch.from_numpy(x).to(device) for x in spans))
+    attend = {"ours": torch.compile(functools.partial(BACKENDS[ours], layout=same), dynamic=False),
+              "sdpa": functools.partial(attention_sdpa, layout=same), "split, cuDNN": functools.partial(attention_split, layout=same)}
+    variants = {name: functools.partial(backward, f, qkv, grad) for name, f in attend.items()}
+    found["the same, equal documents"] = medians(variants, seconds, device)
 
     # the whole program with other choices: backend, precision, compilation
     torch.manual_seed(0)
     tokenizer, model = sgt.VisionTokenizer(cfg).to(device).requires_grad_(False), sgt.UnifiedModel(cfg).to(device)
     optimizer, scale = Optimizer(model, 0.0, 0.0), torch.ones((), device=device)     # rate 0: the weights stay
     scenes = sgt.sample_scenes(cfg, "val", np.arange(64))
-    images, texts = sgt.render(cfg, scenes).image.to(device), [[1] + sgt.TEXT.encode("two red circles")] * 64
-    low_precision = CPU_BF16
+    images, texts = sgt.render(cfg, scenes).image.to(device), [[sgt.TEXT.BOS] + sgt.TEXT.encode("two red circles")] * 64
 
-    def chosen(run, backend: str = "", bf16: bool = low_precision):
+    def chosen(run, backend: str, bf16: bool | None = BF16):
         def wrapped():
-            global CHOSEN, CPU_BF16
-            CHOSEN, CPU_BF16 = backend, bf16
-            run()
-            CHOSEN, CPU_BF16 = "", low_precision
+            global CHOSEN, BF16
+            before, CHOSEN, BF16 = (CHOSEN, BF16), backend, bf16
+            try:
+                run()
+            finally:
+                CHOSEN, BF16 = before
         return wrapped
 
     def step(block=sgt.Block.forward, loss=sgt.token_loss):
@@ -630,10 +641,10 @@ def bench(seconds: float, cfg=None) -> dict:
     for name, run in {"64 answers of 4 tokens": ask, "64 pictures, guidance": picture}.items():
         found[name] = medians({"ours": run, "eager fp32, sdpa": chosen(run, "sdpa", False)}, seconds, device)
     if device.type == "cuda":
-        found["peak memory, MB"] = torch.cuda.max_memory_allocated() / 1e6
+        found["peak memory of all variants, MB"] = torch.cuda.max_memory_allocated() / 1e6
     elif sys.platform == "linux":
         import resource                                               # not on Windows; other units on a Mac
-        found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        found["peak memory of all variants, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return found
 
 def show(found: dict) -> str:

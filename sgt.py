@@ -16,8 +16,9 @@ loss of the drawing flows into the features that answer questions (arXiv 2605.18
     4. Proxies     one table: name → target image                   9. Training    one loop, the run folder
     5. Tokenizer   image ↔ ids, finite scalar quantization         10. Commands    train, generate, ask, segment
 
-To add a proxy, add a line to PROXIES (4). To add a question kind, add a function to QUESTIONS (3). To train on your own
-data, replace `render` and `sample_scenes` (2). To try another head, change `UnifiedModel.image_head` (6).
+To add a proxy, add a line to PROXIES (4), with prompts of six words of the LEXICON (3). To add a question kind, add a
+function to QUESTIONS (3). To train on your own data, replace `render` and `sample_scenes` (2). To try another head, change
+`image_head` and `image_logits` (6), its loss in `losses` (7), and the guidance in `generate` (8), which needs a linear one.
 
 Letters in shape comments: B batch, S sequence, T text, N image tokens (a grid of G × G), D width, H heads, K codebook,
 C channels, M objects, P pixels a side, U understanding patches.
@@ -35,6 +36,7 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +79,7 @@ class Config:
     tok_reach: int = 1                # side of what the encoder sees around a patch, in patches
     tok_steps: int = 800              # training steps
     tok_batch: int = 64               # images a step
-    tok_adam_lr: float = 0.002        # AdamW learning rate of everything but the matrices of the blocks
+    tok_adam_lr: float = 0.002        # AdamW learning rate of the tokenizer's codes, places and output
     # the unified model
     width: int = 128                  # D, a multiple of head_dim
     depth: int = 4                    # transformer blocks
@@ -95,7 +97,7 @@ class Config:
     ratio: float = 2.0                # arms: proxy samples for every understanding dialogue (the paper: 2)
     arm_scenes: int = 0               # arms: how many different scenes the proxy draws; 0 = new ones in every step
     proxies: str = "none,instance"    # post-training arms, or "all"; "none" is the SFT control
-    schedule: str = "mixed"  # mixed: proxy and replay in every step; sequential: first the proxy, then replay
+    schedule: str = "mixed"  # mixed: proxy and replay in every step; sequential: arm_steps of the proxy, then of replay
     text_weight: float = 1.5          # weight of the text loss (the paper's)
     image_weight: float = 1.0         # weight of each image loss (the paper's)
     condition_drop: float = 0.1       # share of captions dropped, for guidance
@@ -130,18 +132,20 @@ class Config:
     def validate(self) -> None:
         """Refuse what cannot work, before anything is written."""
         size, patch = self.image_size, self.patch
+        if min(patch, self.see_patch) < 2:         # nothing below can be computed without them
+            raise UserError(f"patch={patch}, see_patch={self.see_patch}; give at least 2")
         fits = max(self.tokens + self.prompt_len, self.patches + 6 + self.tokens, self.patches + 64)
         rules = [
-            (patch >= 2 and size >= 16 and size % patch == 0 == size % 4,
+            (size >= 16 and size % patch == 0 == size % 4,
              f"image_size={size} is not at least 16 and divisible by 4 and by patch={patch}",
              f"try --image-size {max(16, 4 * round(size / 4))} --patch 4"),
-            (self.see_patch >= 2 and size % self.see_patch == 0 and self.see_patch % patch == 0,
+            (size % self.see_patch == 0 and self.see_patch % patch == 0,
              f"see_patch={self.see_patch} is no multiple of patch={patch} that divides image_size={size}", f"try --see-patch {patch}"),
             (re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) and min(self.levels) > 1 and self.codebook <= 65536,
              f"fsq_levels={self.fsq_levels!r} is no list of levels above 1 with a product up to 65536", "try 8,5,5,5"),
-            (min(self.width, self.head_dim) > 0 and self.width % self.head_dim == 0 == self.head_dim % 4,
+            (min(self.width, self.head_dim) > 0 and self.width % self.head_dim == 0 == self.head_dim % 8,
              f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width that is a "
-             "multiple of head_dim, and head_dim of 4", "try --width 128 --head-dim 32"),
+             "multiple of head_dim, and head_dim of 8", "try --width 128 --head-dim 32"),
             (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
             (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and self.threads >= 0,
              "depth, tok_depth and tok_reach must be at least 1, threads at least 0", "change them"),
@@ -153,6 +157,10 @@ class Config:
              f"give at least {fits}"),
             (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2, "vqa and t2i batches must be at least 2",
              "change them"),
+            (max(self.vqa_batch + self.t2i_batch, self.tok_batch) <= 4096 and max(
+                self.arm_vqa + self.arm_t2i, self.ratio * self.arm_vqa) <= 2048, "a batch would show scenes of the next step",
+             "give at most 4096 rows to a step of the base, 2048 to replay and to the proxy"),
+            (self.arm_scenes != 1, "arm_scenes=1", "give at least 2: the shuffled control needs another picture"),
             (0 <= self.condition_drop < 1 and 0 <= self.texture <= 1, "condition_drop and texture are shares",
              "give numbers in [0, 1)"),
             (0 <= self.ratio <= 100 and 0 <= self.arm_scenes and 0 <= self.seed < 2 ** 32 and 0 <= min(
@@ -254,7 +262,8 @@ class Scenes:
 
 def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0.5) -> Scenes:
     """Scenes number `index` of a split: 1 to max_objects objects that stay apart, but for one overlapping pair in a
-    share `overlap` of the scenes. The camera looks down on a table: objects lower in the picture are nearer.
+    share `overlap` of the scenes in which the first two differ in color. The camera looks down on a table: objects lower
+    in the picture are nearer.
     """
     B, M, P, tries = len(index), cfg.max_objects, cfg.image_size, 12
     draws = 5 + 2 * tries                        # of each object
@@ -262,12 +271,12 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
     scene_u, object_u = u[:, :16], u[:, 16:].reshape(B, M, draws)
     count = 1 + (scene_u[:, 0] ** 0.7 * M).astype(np.int64)
     shape, color = ((object_u[..., i] * n).astype(np.int64) for i, n in enumerate((cfg.shapes, cfg.colors)))
-    # a third of the scenes repeat one kind of object, so that there is something to count
+    # 35 % of the scenes repeat one shape, 30 % one color, so that there is something to count
     repeats_shape, repeats_color = scene_u[:, 1] < 0.35, (scene_u[:, 1] < 0.2) | (scene_u[:, 1] > 0.9)
     shape = np.where(repeats_shape[:, None], shape[:, :1], shape)
     color = np.where(repeats_color[:, None], color[:, :1], color)
     # the overlapping pair is big, and of two colors: two touching objects of one color would be one blob
-    overlaps = (scene_u[:, 2] < overlap) & (count > 1) & (color[:, 0] != color[:, min(1, M - 1)])
+    overlaps = (scene_u[:, 2] < overlap) & (count > 1) & (color[:, 0] != color[:, 1])
     size = ((object_u[..., 2] < 0.5) | (overlaps[:, None] & (np.arange(M) < 2))).astype(np.int64)
     radius = np.array(RADII)[size] * P
     step = cfg.lattice or 1e-3
@@ -278,6 +287,8 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
         for t in range(tries):
             cx = low[:, i] + np.floor(object_u[:, i, 5 + 2 * t] * slots[:, i]) * step
             cy = low[:, i] + np.floor(object_u[:, i, 6 + 2 * t] * slots[:, i]) * step
+            if (placed[:, i] | (i >= count)).all():
+                break
             # the overlapping pair lies side by side, off the lattice: height does not tell which is in front
             partner, side = overlaps & (i == 1), 2 * object_u[:, i, 5 + 2 * t] - 1                # left or right, -1 … 1
             away = np.sign(side) * (0.45 + 0.25 * abs(side)) * (radius[:, 0] + radius[:, i])
@@ -616,7 +627,7 @@ def referring(cfg, scenes, r):
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
     ids = torch.zeros_like(r.instance)
-    for b, m in np.argwhere(instance_rank(cfg, scenes) <= scenes.count[:, None]):
+    for b, m in np.ndindex(scenes.shape.shape):
         rows, cols = torch.nonzero(r.instance[b] == m + 1, as_tuple=True)
         if len(rows):
             top, bottom, left, right = rows.min(), rows.max(), cols.min(), cols.max()
@@ -952,18 +963,15 @@ class Rows:
         """ids, slots, positions and the layout."""
         return *map(torch.from_numpy, (self.ids, self.slots, self.positions)), Layout(*map(torch.from_numpy, self.spans))
 
-def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", proxies: int = 0) -> Batch:
+def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", draws: int = 0) -> Batch:
     """The batch of a training step, a pure function of its arguments.
 
-    vqa dialogues, t2i captioned images and `proxies` samples of one proxy, all of different scenes. The replay does not
-    depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
+    vqa dialogues, t2i captioned images and `draws` samples of one proxy, of different scenes unless arm_scenes is set. The
+    replay does not depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
     """
-    N, S, U, first = cfg.tokens, cfg.row_len, cfg.patches, step * 4096
-    rows, index = Rows(cfg, vqa + t2i + proxies, S), np.arange(vqa + t2i + proxies)
-    index = first + np.where(index < vqa + t2i, index, index - vqa - t2i + 2048)
-    drawn = index[vqa + t2i:] - first - 2048 + step * proxies      # number of each proxy sample, over all steps
-    scenes, rest = sample_scenes(cfg, split, index[:vqa]), sample_scenes(
-        cfg, split, 2 ** 40 + drawn % cfg.arm_scenes if cfg.arm_scenes else index[vqa + t2i:])
+    N, S, U = cfg.tokens, cfg.row_len, cfg.patches
+    index = step * 4096 + np.r_[0:vqa + t2i, 2048:2048 + draws]       # replay first, the proxy's scenes from 2048 on
+    rows, scenes = Rows(cfg, len(index), S), sample_scenes(cfg, split, index[:vqa])
     # captions say nothing of what hides what, so their pictures have all objects apart
     captioned = sample_scenes(cfg, split, index[vqa:vqa + t2i], overlap=0.0)
     images, targets = [render(cfg, scenes).image], [render(cfg, captioned).image]
@@ -974,7 +982,9 @@ def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: st
         prompt = rng.choice(list(captions(things(captioned, i)).values()))
         text = [Text.BOS] + (TEXT.encode(prompt) if rng.random() >= cfg.condition_drop else [])
         rows.add(vqa + i, 0, text, codes=True)
-    if proxies:
+    if draws:
+        few = 2 ** 40 + (step * draws + np.arange(draws)) % max(1, cfg.arm_scenes)                # the same ones again and again
+        rest = sample_scenes(cfg, split, few if cfg.arm_scenes else index[vqa + t2i:])
         seen, prompts, wanted = proxy_batch(cfg, proxy, rest, render(cfg, rest))
         images, targets = images + [seen], targets + [wanted]
         for i, prompt in enumerate(prompts):
@@ -1000,15 +1010,14 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
     ids = batch.ids.flatten().index_copy(0, batch.code_at, shown.flatten()).view_as(batch.ids)
     x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
     h = model.trunk(x, batch.positions, batch.layout, block=block).flatten(0, 1)    # (B·S, D)
-    each, n, out = token_loss(h[batch.code_at], model.image_head, codes.flatten()).view_as(codes), batch.captioned, {}
+    each, out = token_loss(h[batch.code_at], model.image_head, codes.flatten()).view_as(codes), {}
     each = each * batch.is_masked                                                                 # (m, N)
     if len(batch.text_at):
         text = token_loss(h[batch.text_at], model.text_head, batch.text_target)
         out["text"] = text.sum() / (batch.text_target >= 0).sum()
-    if n:
-        out["t2i"] = each[:n].sum() / batch.is_masked[:n].sum()
-    if len(each) > n:
-        out["proxy"] = each[n:].sum() / batch.is_masked[n:].sum()
+    for name, part in (("t2i", slice(batch.captioned)), ("proxy", slice(batch.captioned, None))):
+        if len(each[part]):
+            out[name] = each[part].sum() / batch.is_masked[part].sum()
     return out
 
 # ==== 8. Sampling: answers and pictures =====================================================================
@@ -1025,7 +1034,8 @@ def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, r
         rows.add(b, L - U - len(text), text, patches=image is not None)
     ids, slots, positions, layout = (x.to(device) for x in rows.tensors())
     patch_at = torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None
-    x = model.embed_rows(ids, slots, model.see(image) if U else None, patch_at).to(compute_dtype(device))
+    dtype = compute_dtype(device)
+    x = model.embed_rows(ids, slots, model.see(image.to(dtype)) if U else None, patch_at).to(dtype)
     caches = [KVCache(len(x), cfg.width // cfg.head_dim, L + room, cfg.head_dim, x) for _ in model.blocks]
     h = model.trunk(x, positions, layout, caches)
     return h[:, -1], caches, L, layout.lo[:, -1]
@@ -1113,15 +1123,15 @@ def rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(20, steps), 2 * (steps - step) / steps)
 
 def tokenizer_loss(tokenizer: VisionTokenizer, image: Tensor, block=Block.forward) -> dict[str, Tensor]:
-    """Mean squared error of a round trip through the quantizer. The blocks may run in bf16, quantizer and loss do not."""
+    """Mean squared error of a round trip through the quantizer. Encoder and blocks may run in bf16, quantizer and loss do not."""
     dtype = compute_dtype(image.device)
     code, _ = tokenizer.quantize(tokenizer.features(image.to(dtype)))
     return {"mse": F.mse_loss(tokenizer.reconstruct(code, dtype, block), image)}
 
-def tokenizer_batch(cfg: Config, step: int, split: str = "tokenizer") -> Tensor:
+def tokenizer_batch(cfg: Config, step: int) -> Tensor:
     """Half pictures, half targets of one proxy after the other: the tokenizer must be able to say both; (B, 3, P, P)."""
     drawn = [name for name, proxy in PROXIES.items() if proxy.target not in (None, original, shuffled)]
-    scenes = sample_scenes(cfg, split, step * 4096 + np.arange(cfg.tok_batch))
+    scenes = sample_scenes(cfg, "tokenizer", step * 4096 + np.arange(cfg.tok_batch))
     r, half = render(cfg, scenes), cfg.tok_batch // 2
     target = PROXIES[drawn[step % len(drawn)]].target(cfg, pick(scenes, slice(half, None)), pick(r, slice(half, None)))
     return torch.cat([r.image[:half], target])
@@ -1129,7 +1139,7 @@ def tokenizer_batch(cfg: Config, step: int, split: str = "tokenizer") -> Tensor:
 class Run:
     """A folder with everything about one training run: config.json, log.jsonl, weights, samples, report.
 
-    Every write goes to a temporary file first and is renamed, so a crash never leaves half a file.
+    Every write goes to a temporary file first and is renamed, so a crash never leaves half a file; the log grows by lines.
     """
     def __init__(self, folder: Path):
         self.folder = folder
@@ -1206,11 +1216,12 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
 
 def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int, rates: tuple[float, float], make, step_losses,
-                sample):
+                sample, phases: int = 1):
     """The training loop of every stage: draw a batch, one step, log, now and then a sample grid and a checkpoint.
 
     `make(step)` builds a batch, a pure function of the step, so a resumed run repeats the same numbers bit for bit;
-    `step_losses(batch)` returns named losses; `rates` are those of Muon and AdamW; `sample(step)` draws the grid.
+    `step_losses(batch)` returns named losses; a GPU records it once, so what changes between steps must be in the batch.
+    `rates` are those of Muon and AdamW, and rise and fall once in each of `phases`; `sample(step)` draws the grid.
     """
     device = next(module.parameters()).device
     weights = {"mse": 4.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
@@ -1221,6 +1232,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         module.load_state_dict(part("module."))
         optimizer.load(part("optimizer."))
+    del state
     run.log_until(name, start)
 
     def update(batch, scale: Tensor) -> dict[str, Tensor]:
@@ -1251,7 +1263,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
                 if device.type != "cpu" and step + 1 < steps:  # on a CPU two threads would fight for the cores
                     pending = ahead.submit(make, step + 1)
                 before = time.perf_counter()
-                parts = update(batch, torch.tensor(rate_factor(step, steps), device=device))
+                parts = update(batch, torch.tensor(rate_factor(step % (steps // phases), steps // phases), device=device))
                 if step == start and cfg.compile and time.perf_counter() - before > 1:
                     bar.write(f"first step, with compilation: {time.perf_counter() - before:.0f} s")
                 bar.update()
@@ -1290,6 +1302,8 @@ def choose_device(cfg: Config) -> tuple[torch.device, str]:
     device = torch.device(cfg.device)
     if not {"cpu": True, "mps": mps, "cuda": (device.index or 0) < torch.cuda.device_count()}[device.type]:
         raise UserError(f"there is no device {cfg.device} here; try --device auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)              # Triton and graphs work on the current device
     return device, "asked for"
 
 def picture_grid(rows: list[tuple[str, Tensor, list[str] | None]], cell: int = 96) -> bytes:
@@ -1304,8 +1318,8 @@ def picture_grid(rows: list[tuple[str, Tensor, list[str] | None]], cell: int = 9
             x = side + i * (cell + gap)
             canvas.paste(to_pil(image).resize((cell, cell), Image.NEAREST), (x, y))
             if words:
-                half = words[i].rfind(" ", 0, 17) if len(words[i]) > 16 else len(words[i])
-                pen.text((x, y + cell), words[i][:half] + "\n" + words[i][half + 1:], fill="black", spacing=1, font_size=10)
+                lines = textwrap.fill(words[i], 17, max_lines=2, placeholder=" …")
+                pen.text((x, y + cell), lines, fill="black", spacing=1, font_size=10)
         y += cell + gap + (text if words else 0)
     out = io.BytesIO()
     canvas.save(out, "PNG")
@@ -1351,11 +1365,15 @@ def borrow(cfg: Config, run: Run, other: Run) -> None:
         if not run.done(name):
             run.write(f"{name}.safetensors", (other.folder / f"{name}.safetensors").read_bytes())
 
-def train(cfg: Config, run: Run) -> None:
-    """Every stage in order, each skipped if its weights are there: tokenizer, base, the arms, the report."""
+def train(cfg: Config, run: Run, other: Run | None = None) -> None:
+    """Every stage in order, each skipped if its weights are there: tokenizer, base (both of `other` if that is given), the
+    arms, the report.
+    """
     from eval import evaluate, show
     device, why = choose_device(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    if other:
+        borrow(cfg, run, other)
     run.open(cfg)
     print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
     fast = compiled if cfg.compile and device.type != "mps" else lambda function: function
@@ -1377,14 +1395,16 @@ def train(cfg: Config, run: Run) -> None:
             [("image", seen, None), ("round trip", trip(seen), None), ("masks", masks, None), ("round trip", trip(masks), None)]))
 
     def sample_model(model: UnifiedModel, name: str, step: int) -> None:
-        asked = [f"where is the {[*(name for _, name in named(things(val, b))), 'object'][0]}?" for b in range(len(val))]
+        names = [[*(words for _, words in named(things(val, b))), "object"][0] for b in range(len(val))]
+        asked = [f"where is the {words}?" for words in names]
         said = [q.removeprefix("where is the ") + " " + a for q, a in zip(asked, answer(model, seen, asked, 4))]
         drawn = generate(model, tokenizer, [[Text.BOS] + TEXT.encode(p) for p in GRID_PROMPTS], guidance=cfg.guidance)
         rows = [("text to image", drawn, GRID_PROMPTS), ("image", seen, said)]
         if name in PROXIES and name != "none":
             source, prompts, target = proxy_batch(cfg, name, val, val_r)
             drawn = generate(model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device), temperature=0.0)
-            rows += [("seen", source, None)] * bool(PROXIES[name].source) + [(f"{name}: true", target, None), ("drawn", drawn, None)]
+            rows += [("seen", source, None)] * bool(PROXIES[name].source)
+            rows += [(f"{name}: true", target, None), ("drawn", drawn, None)]
         run.write(f"samples/{name}_{step:06d}.png", picture_grid(rows))
 
     if not run.done("tokenizer"):
@@ -1399,7 +1419,7 @@ def train(cfg: Config, run: Run) -> None:
     for arm in cfg.arms:
         if not run.done(arm):
             model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
-            samples = 0 if arm == "none" else max(int(cfg.ratio > 0), round(cfg.ratio * cfg.arm_vqa))
+            samples = 0 if arm == "none" or not cfg.ratio else max(2, round(cfg.ratio * cfg.arm_vqa))
             first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0  # steps of the proxy alone
 
             def make(step: int) -> Batch:
@@ -1409,7 +1429,7 @@ def train(cfg: Config, run: Run) -> None:
 
             train_stage(run, cfg, arm, model, first + cfg.arm_steps, (cfg.arm_lr * cfg.lr, cfg.arm_lr * cfg.adam_lr),
                         make, lambda batch: losses(model, tokenizer, batch, block, loss),
-                        lambda step: sample_model(model, arm, step))
+                        lambda step: sample_model(model, arm, step), phases=2 if first else 1)
     if not (run.folder / "report.json").exists():
         evaluate(run, device)
     print(show(run))
@@ -1461,43 +1481,45 @@ def use(args: argparse.Namespace, given: dict) -> None:
     proxy = args.proxy or "instance"
     if proxy not in PROXIES or proxy == "none":
         raise UserError(f"there is no proxy {proxy!r} to draw; choose from {', '.join(n for n in PROXIES if n != 'none')}")
-    useless = sorted(set(given) - {"seed", "guidance", "sample_steps", "temperature", "device", "threads"})
+    useless = sorted(set(given) - {"seed", "guidance", "sample_steps", "temperature", "token_temperature", "device",
+                                  "threads"})
+    useless += [name for name, idle in (("base", True), ("preset", True), ("proxy", args.segment is None),
+                                        ("out", args.ask is not None)) if idle and getattr(args, name)]
     if useless:
-        raise UserError(f"{flag(useless[0])} changes training and has no effect on a trained run; leave it out")
-    if args.base:
-        raise UserError("--base is for --train; leave it out")
+        raise UserError(f"{flag(useless[0])} has no effect here; leave it out")
     run = find_run(args.run)
     wanted = dataclasses.replace(run.config(), **{"seed": 0, "device": "auto", **given})
     wanted.validate()
     torch.set_num_threads(wanted.threads or torch.get_num_threads())
     device, _ = choose_device(wanted)
     cfg, tokenizer, model, arm = load_run(run, args.model or (proxy if args.segment else None), device)
-    draw = lambda ids, image=None, **kw: generate(model, tokenizer, [ids], image, steps=wanted.sample_steps,
-                                                  seed=wanted.seed, **kw)[0]
+    model.cfg = wanted
+    draw = lambda ids, image=None, **kw: generate(model, tokenizer, [ids], image, seed=wanted.seed, **kw)[0]
     if args.ask is not None:
         image, _ = read_image(args.ask[0], cfg.image_size)
-        text = TEXT.decode(prompt_ids(args.ask[1], cfg.row_len - cfg.patches - 8))
+        prompt_ids(args.ask[1], cfg.row_len - cfg.patches - 8)        # complains about what it cannot take
+        text = " ".join(args.ask[1].lower().split())
         print(answer(model, image.to(device), [text if text[-1] in "?." else text + "?"], limit=60)[0])
         return
     if args.generate is not None:
         ids = [Text.BOS] + prompt_ids(args.generate, cfg.prompt_len - 1)
-        sheet = to_pil(draw(ids, guidance=wanted.guidance, temperature=wanted.temperature))
+        sheet = to_pil(draw(ids, guidance=wanted.guidance))
         sheet = sheet.resize((max(256 // cfg.image_size, 1) * cfg.image_size,) * 2, Image.NEAREST)
         out, found = args.out or "out.png", ""
     else:
         image, picture = read_image(args.segment, cfg.image_size)
         scenes = sample_scenes(cfg, "val", np.arange(1))      # names the referent, for a proxy that needs one
-        prompt = TEXT.encode(PROXIES[proxy].prompts[0].format(**referent(scenes, 0)._asdict()))
-        drawn = draw(prompt, image.to(device), temperature=given.get("temperature", 0.0))
+        prompt = PROXIES[proxy].prompts[0].format(**referent(scenes, 0)._asdict())
+        drawn = draw(TEXT.encode(prompt), image.to(device), temperature=given.get("temperature", 0.0))
         scale = max(1.0, 256 / max(picture.size))
         size = tuple(max(1, round(side * scale)) for side in picture.size)
         sheet = Image.new("RGB", (size[0] * 2 + 4, size[1]), "white")  # the picture, and what was drawn of it
         sheet.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.BICUBIC), (0, 0))
         sheet.paste(to_pil(drawn).resize(size, Image.NEAREST), (size[0] + 4, 0))
-        out, found = args.out or f"{Path(args.segment).stem}.{proxy}.png", ""
+        out, found = args.out or f"{Path(args.segment).stem}.{proxy}.png", f"{prompt} "
         if proxy == "instance":
             from eval import masks_of
-            found = f"{len(masks_of(drawn[None], cfg.max_objects)[0])} object(s); "
+            found += f"{len(masks_of(drawn[None], cfg.max_objects)[0])} object(s); "
     save_picture(sheet, out)
     print(f"{found}wrote {out} ({run.folder}, model {arm})")
 
@@ -1519,7 +1541,7 @@ def parser() -> Parser:
     p.add_argument("--proxy", metavar="NAME", help="what --segment draws")
     p.add_argument("--out", metavar="FILE", help="where to write the picture")
     settings = p.add_argument_group("settings (defaults are those of the preset tiny)")
-    help_of = dict(re.findall(r"^    (\w+): \w+ = .*?#\s*(.+)$", Path(__file__).read_text(), re.M))
+    help_of = dict(re.findall(r"^    (\w+): \w+ = .*?#\s*(.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for field in dataclasses.fields(Config):
         kind = {"int": int, "float": float, "str": str}.get(field.type)
         action = {} if kind else {"action": argparse.BooleanOptionalAction}
@@ -1548,9 +1570,7 @@ def main(argv: list[str] | None = None) -> int:
             cfg = Config(**{**PRESETS[preset], **given})
             cfg.validate()
             run = find_run(args.run or preset)
-            if args.base:
-                borrow(cfg, run, find_run(args.base))
-            train(cfg, run)
+            train(cfg, run, find_run(args.base) if args.base else None)
         else:
             use(args, given)
         return 0
