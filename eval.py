@@ -392,7 +392,7 @@ def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
         pictures = sgt.render(cfg, scenes).image
         for b in range(len(scenes)):
             objects = sgt.things(scenes, b)
-            texts = sgt.captions(objects)
+            texts = sgt.captions(objects, sgt.word_rng(scenes, b))
             kinds = [kind for kind in GENEVAL if kind in texts and need[kind] > 0]
             if kinds:
                 kind = max(kinds, key=lambda k: need[k])
@@ -413,7 +413,8 @@ def score_pictures(cfg: Config, prompts: list[Prompt], images: Tensor) -> dict:
             errors.append(layout_error(p, f))
     score, errors = {kind: 100 * float(np.mean(each)) for kind, each in hits.items()}, [e for e in errors if e is not None]
     return {**score, "average": float(np.mean(list(score.values()))), "hits": bits(hits),
-            "layout_seen": 100 * len(errors) / max(1, len(hits["position"])), "layout_error": float(np.mean(errors)) if errors else None}
+            "layout_seen": 100 * len(errors) / max(1, len(hits["position"])),
+            "layout_error": float(np.mean(errors)) if errors else None}
 
 def layout_error(prompt: Prompt, found: list[Thing]) -> float | None:
     """How far (pixels) one of two objects must move, along the axis of the words, until they are true; 0 where they are;
@@ -670,8 +671,8 @@ def markdown(report: dict) -> str:
     if segmented:
         out += [f"\nSegmentation: class-agnostic instances, 0-100, {report['masks']} scenes",
                 table(["measure", "ceiling", *map(label, segmented)],
-                      [[m.upper().replace("MIOU", "mIoU"), report["mask_ceiling"][m], *(models[a]["segmentation"][m] for a in segmented)]
-                       for m in ("pq", "sq", "rq", "miou", "ap", "ap50", "ar")])]
+                      [[m.upper().replace("MIOU", "mIoU"), report["mask_ceiling"][m],
+                        *(models[a]["segmentation"][m] for a in segmented)] for m in ("pq", "sq", "rq", "miou", "ap", "ap50", "ar")])]
     if "semantic" in models:
         out.append(f"semantic: mIoU of classes {models['semantic']['segmentation']['semantic_miou']:.1f}")
     inside = report["mechanism"]
@@ -685,7 +686,7 @@ def markdown(report: dict) -> str:
                   + [[f"drawing: on {kind} words", 100.0, *(inside[a]["listens_to"][kind] for a in arms)]
                      for kind in [*KEYWORDS, "other"]])]
     if "none" in models and len(arms) > 2:
-        out += [""] + [f"{label(arm)} against SFT, one seed: {compare(report, arm)}." for arm in arms if arm not in ("base", "none")]
+        out += ["", *(f"{label(a)} against SFT, one seed: {compare(report, a)}." for a in arms if a not in ("base", "none"))]
     return "\n".join(out)
 
 def compare(report: dict, arm: str) -> str:
@@ -744,11 +745,11 @@ def study(reports: list[dict]) -> str:
         pq = [part["pq"] for r in reports if "pq" in (part := r["models"][arm].get("segmentation", {}))]
         difference = ["", ""]
         if arm not in ("base", "none"):
-            difference = [f"{d:+.1f} (p {p:.3f})" for d, p, _ in (against([arm], ["none"], m) for m in ("understanding", "generation"))]
+            difference = ["{:+.1f} (p {:.3f})".format(*against([arm], ["none"], m)) for m in ("understanding", "generation")]
         rows.append(["" if arm in ("base", "none") else sgt.PROXIES[arm].level, label(arm),
                      *(spread(values(arm, m)) for m in MEASURES), spread(np.array(pq)) if len(pq) == n else "–", *difference])
     of_level = lambda level: [a for a in arms if a in sgt.PROXIES and sgt.PROXIES[a].level == level]
-    high, lower, drawn = of_level("high"), of_level("mid") + of_level("low"), [a for a in arms if a not in ("base", "none", "shuffled")]
+    high, lower = of_level("high"), of_level("mid") + of_level("low")
 
     def verdict(claim: str, tests: list[tuple[list[str], list[str], str, int]]) -> str:
         """tests: (arms, other arms, measure, wanted sign)."""
@@ -763,19 +764,19 @@ def study(reports: list[dict]) -> str:
         state = next((s for s in ("does not hold", "not resolved") if s in states), "holds")
         return f"- {claim}: **{state}** ({'; '.join(said)})."
     sgt_arm = ["instance"] if "instance" in arms else high[:1]
+    other_masks = ["shuffled"] if "shuffled" in arms else []
     claims = [verdict("High-level proxies help understanding more than mid- and low-level ones", [(high, lower, "understanding", 1)]),
               verdict("Segmentation helps understanding more than replay alone (SFT)", [(sgt_arm, ["none"], "understanding", 1)]),
-              verdict("It is perception that improves, more than reasoning", [(sgt_arm, ["none"], "perception", 1),
-                                                                             (sgt_arm, ["none"], "perception - reasoning", 1)]),
-              verdict("Proxies improve the placing of objects in generation", [(drawn, ["none"], "position", 1)]),
+              verdict("It is perception that improves, more than reasoning",
+                      [(sgt_arm, ["none"], "perception", 1), (sgt_arm, ["none"], "perception - reasoning", 1)]),
+              verdict("Proxies improve the placing of objects in generation", [(high + lower, ["none"], "position", 1)]),
               verdict("Replay alone lowers generation below the base model", [(["none"], ["base"], "generation", -1)]),
-              verdict("Masks of the right image teach more than masks of another", [(sgt_arm, ["shuffled"] if "shuffled" in arms else [],
-                                                                                    "understanding", 1)])]
+              verdict("Masks of the right image teach more than masks of another", [(sgt_arm, other_masks, "understanding", 1)])]
     seeds = f"{n} seed{'s' * (n > 1)} ({', '.join(str(r['seed']) for r in reports)})"
     head = ["level", "arm", *MEASURES, "PQ", "Δ understanding", "Δ generation"]
     return (f"{seeds}; {reports[0]['questions']} questions and {reports[0]['prompts']} prompts each; mean"
-            f"{' ± standard error over seeds' * (n > 1)}; Δ against SFT, paired over questions and prompts\n{table(head, rows)}\n\n"
-            + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does not know how another seed "
+            f"{' ± standard error over seeds' * (n > 1)}; Δ against SFT, paired over questions and prompts\n"
+            f"{table(head, rows)}\n\n" + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does not know how another seed "
             "would have turned out, and there are many tests here. So a claim holds only where p < 0.05 and every seed agrees "
             "on the sign.")
 
@@ -784,7 +785,8 @@ def sweep(reports: list[dict]) -> str:
     settings = [{k: v for k, v in r["config"].items() if k not in sgt.NOT_PART_OF_A_RUN | {"seed"}} for r in reports]
     varied = [k for k in settings[0] if len({json.dumps(each.get(k)) for each in settings}) > 1]
     if {"image_size", "shapes", "colors", "max_objects", "lattice", "texture", "eval_questions", "eval_prompts"} & set(varied):
-        raise UserError(f"the runs are measured on different questions or worlds ({', '.join(varied)}); compare runs that agree in these")
+        raise UserError(f"the runs are measured on different questions or worlds ({', '.join(varied)}); "
+                        "compare runs that agree in these")
     same = lambda each: tuple(each[k] for k in varied)
     if len({(same(each), r["seed"]) for each, r in zip(settings, reports)}) < len(reports):
         raise UserError("two of the runs have the same settings and seed; name each run once")
@@ -824,7 +826,8 @@ def svg_points(title: str, points: list[list[float]], classes: list[int], names:
     """A scatter plot as inline SVG, one color a class."""
     p = np.array(points)
     p = (p - p.min(0)) / (p.max(0) - p.min(0) + 1e-9)
-    dots = "".join(f'<circle cx="{20 + 360 * x:.1f}" cy="{180 - 155 * y:.1f}" r="2.4" fill="{INK[c]}"/>' for (x, y), c in zip(p, classes))
+    dots = "".join(f'<circle cx="{20 + 360 * x:.1f}" cy="{180 - 155 * y:.1f}" r="2.4" fill="{INK[c]}"/>'
+                   for (x, y), c in zip(p, classes))
     keys = "".join(f'<text x="{20 + 46 * i}" y="200" fill="{INK[i]}">{name}</text>' for i, name in enumerate(names))
     return f'<figure><svg viewBox="0 0 400 206" role="img"><text x="20" y="12" class="t">{title}</text>{dots}{keys}</svg></figure>'
 
@@ -926,8 +929,8 @@ def export_scenes(cfg: Config, folder: Path, count: int) -> str:
         png = io.BytesIO()
         sgt.to_pil(rendered.image[i]).save(png, "PNG")
         out.write(f"images/{i:06d}.png", png.getvalue())
-    texts = [list(sgt.captions(sgt.things(scenes, i)).values()) for i in range(count)]
-    captions = [{"id": 1 + j, "image_id": i, "caption": t} for j, (i, t) in enumerate((i, t) for i, ts in enumerate(texts) for t in ts)]
+    texts = [(i, text) for i in range(count) for text in sgt.captions(sgt.things(scenes, i), sgt.word_rng(scenes, i)).values()]
+    captions = [{"id": 1 + j, "image_id": i, "caption": text} for j, (i, text) in enumerate(texts)]
     out.write("captions.json", json.dumps({"images": truth["images"], "annotations": captions}).encode())
     out.write("instances.json", json.dumps(truth).encode())
     return f"wrote {count} scenes with {len(truth['annotations'])} masks to {folder}"

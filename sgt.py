@@ -433,8 +433,8 @@ def overlap(a: Thing, b: Thing) -> bool:
 
 # --- captions: GenEval's six kinds (arXiv 2310.11513), and a longer one ---------------------------------------------
 
-def captions(objects: list[Thing]) -> dict[str, str]:
-    """Every caption that fits a scene, by kind."""
+def captions(objects: list[Thing], rng: random.Random | None = None) -> dict[str, str]:
+    """Every caption that fits a scene, by kind; two objects are named in random order, or as listed without rng."""
     found, n = {}, len(objects)
     shapes = {o.shape for o in objects}
     if n == 1:
@@ -445,7 +445,7 @@ def captions(objects: list[Thing]) -> dict[str, str]:
         if len({o.color for o in objects}) == 1:
             found["counting_color"] = f"{NUMBERS[n]} {objects[0].color} {plural(objects[0].shape)}"
     if n == 2 and len(shapes) == 2:
-        a, b = objects
+        a, b = rng.sample(objects, 2) if rng else objects
         found["two"] = f"a {a.shape} and a {b.shape}"
         found["attribution"] = f"a {a.color} {a.shape} and a {b.color} {b.shape}"
         if relation(a, b):
@@ -979,7 +979,7 @@ def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: st
         rows.add(i, 0, *dialogue(cfg, things(scenes, i), word_rng(scenes, i), S - U), patches=True)
     for i in range(t2i):
         rng = word_rng(captioned, i)
-        prompt = rng.choice(list(captions(things(captioned, i)).values()))
+        prompt = rng.choice(list(captions(things(captioned, i), rng).values()))
         text = [Text.BOS] + (TEXT.encode(prompt) if rng.random() >= cfg.condition_drop else [])
         rows.add(vqa + i, 0, text, codes=True)
     if draws:

@@ -167,6 +167,14 @@ def test_captions_of_known_scenes_cover_the_six_kinds_of_geneval():
     assert sgt.captions([a, thing("green", "circle", 8, 28)])["counting"] == "two circles"
     assert sgt.plural("cross") == "crosses"
 
+def test_prompts_name_every_direction():
+    """Objects are sorted by height: in that order nothing is ever below anything."""
+    prompts, _ = benchmark.geneval_prompts(CFG, 240)
+    words = [p.text for p in prompts if p.kind == "position"]
+    assert all(any(word in text for text in words) for word in ("left of", "right of", "above", "below"))
+    for p in prompts:                                  # named in either order, the true picture fulfils them
+        assert benchmark.satisfied(p, p.objects), p
+
 def test_yes_and_no_are_balanced_and_every_kind_of_question_appears():
     """A kind that answers itself without the image."""
     items = benchmark.questions(CFG, "train", 4000)
