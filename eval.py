@@ -776,9 +776,9 @@ def study(reports: list[dict]) -> str:
     head = ["level", "arm", *MEASURES, "PQ", "Δ understanding", "Δ generation"]
     return (f"{seeds}; {reports[0]['questions']} questions and {reports[0]['prompts']} prompts each; mean"
             f"{' ± standard error over seeds' * (n > 1)}; Δ against SFT, paired over questions and prompts\n"
-            f"{table(head, rows)}\n\n" + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does not know how another seed "
-            "would have turned out, and there are many tests here. So a claim holds only where p < 0.05 and every seed agrees "
-            "on the sign.")
+            f"{table(head, rows)}\n\n" + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does "
+            "not know how another seed would have turned out, and there are many tests here. So a claim holds only where "
+            "p < 0.05 and every seed agrees on the sign.")
 
 def sweep(reports: list[dict]) -> str:
     """Runs that differ in more than the seed: a line for each arm of each setting, seeds of one setting averaged."""
