@@ -89,7 +89,7 @@ class Config:
     prompt_len: int = 16              # text tokens before a generated image
     # training
     base_steps: int = 2400            # steps of the base model
-    arm_steps: int = 300              # steps of every post-training arm
+    arm_steps: int = 500              # steps of every post-training arm
     vqa_batch: int = 32               # base: understanding dialogues a step
     t2i_batch: int = 24               # base: captioned images a step
     arm_vqa: int = 16                 # arms: understanding dialogues a step (replay, the same in every arm)
@@ -110,7 +110,7 @@ class Config:
     token_temperature: float = 0.8    # randomness of the tokens that are drawn
     temperature: float = 6.0          # randomness in the order of unmasking, annealed to zero; 0 = no randomness at all
     # evaluation and bookkeeping
-    eval_questions: int = 2000        # questions asked after training, spread evenly over the kinds
+    eval_questions: int = 3000        # questions asked after training, spread evenly over the kinds
     eval_prompts: int = 240           # pictures drawn after training, spread evenly over the kinds
     eval_masks: int = 100             # scenes segmented after training
     sample_every: int = 500           # steps between sample grids
