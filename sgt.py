@@ -1516,7 +1516,7 @@ def use(args: argparse.Namespace, given: dict) -> None:
         sheet = Image.new("RGB", (size[0] * 2 + 4, size[1]), "white")  # the picture, and what was drawn of it
         sheet.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.BICUBIC), (0, 0))
         sheet.paste(to_pil(drawn).resize(size, Image.NEAREST), (size[0] + 4, 0))
-        out, found = args.out or f"{Path(args.segment).stem}.{proxy}.png", f"{prompt} "
+        out, found = args.out or f"{Path(args.segment).stem}.{proxy}.png", f"asked to {prompt.rstrip('.')}; "
         if proxy == "instance":
             from eval import masks_of
             found += f"{len(masks_of(drawn[None], cfg.max_objects)[0])} object(s); "
