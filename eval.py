@@ -192,7 +192,7 @@ def panoptic_quality(predicted: list[Tensor], truth: list[Tensor]) -> dict[str, 
     sq, rq = iou_sum / max(matched, 1), matched / (matched + 0.5 * extra + 0.5 * missed)
     return {"pq": 100 * sq * rq, "sq": 100 * sq, "rq": 100 * rq, "miou": 100 * float(np.mean(best)) if best else 0.0}
 
-def as_coco(cfg: Config, instance: Tensor) -> dict:
+def as_coco(instance: Tensor) -> dict:
     """Instance maps (n, P, P) as a COCO data set without categories; annotation ids start at 1, because COCOeval takes
     a match with annotation 0 for none.
     """
@@ -332,8 +332,8 @@ def pope_items(cfg: Config, negatives: str, total: int) -> list[Item]:
     """
     total = max(2, total // 2 * 2)
     every = [(c, s) for c in COLOR_NAMES[:cfg.colors] for s in sgt.SHAPE_NAMES[:cfg.shapes]]
-    train = sgt.sample_scenes(cfg, "train", np.arange(4000))
-    common = [pair for pair, _ in Counter((o.color, o.shape) for b in range(4000) for o in sgt.things(train, b)).most_common()]
+    train = sgt.sample_scenes(cfg, "train", np.arange(4000 if negatives == "popular" else 0))
+    common = [pair for pair, _ in Counter((o.color, o.shape) for b in range(len(train)) for o in sgt.things(train, b)).most_common()]
     items = []
     for scenes in scene_stream(cfg, "val"):
         for b in range(len(scenes)):
@@ -472,7 +472,7 @@ def segmentation(cfg: Config, model, tokenizer, name: str, total: int) -> dict[s
         return {"semantic_miou": semantic_miou(cfg, drawn, category)}
     masks = masks_of(drawn, cfg.max_objects)
     results = coco_results(masks, confidence(drawn, masks, cfg.max_objects))
-    return {**panoptic_quality(masks, true_masks(instance)), **average_precision(as_coco(cfg, instance), results)}
+    return {**panoptic_quality(masks, true_masks(instance)), **average_precision(as_coco(instance), results)}
 
 # ==== 4. Mechanism: where the model looks, and what its features hold ========================================
 
@@ -496,12 +496,11 @@ def recorded_attention():
         sgt.attention = real
 
 @torch.no_grad()
-def looks_at(cfg: Config, model, total: int = 200) -> dict[str, list[float]]:
+def looks_at(cfg: Config, model, items: list[Item]) -> dict[str, list[float]]:
     """Attention in answering "what color is the SHAPE?", per layer, in percent: how much of that of the last token, which
     says the answer, goes to the image; how much of this falls on the object asked about, from the last token and from
     the word SHAPE itself; and the share of the image that the object covers (chance).
     """
-    items = [i for i in questions(cfg, "val", total * len(QUESTIONS)) if i.kind == "color"]
     found = {"image": [], "object": [], "object from its name": [], "chance": []}
     for item in items:
         one, ids = sgt.pick(item.scenes, slice(item.index, item.index + 1)), TEXT.encode(item.question)
@@ -592,6 +591,7 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
     """Measure every finished model of a run; write report.json, report.md and report.html; return the report."""
     cfg = run.config()
     items = questions(cfg, "val", cfg.eval_questions)
+    colors = [i for i in questions(cfg, "val", 2000) if i.kind == "color"]                        # for the mechanism
     pope = {kind: pope_items(cfg, kind, cfg.eval_questions // 5) for kind in ("random", "popular", "adversarial")}
     prompts, pictures = geneval_prompts(cfg, cfg.eval_prompts)
     _, tokenizer, _, _ = sgt.load_run(run, "base", device)
@@ -620,15 +620,15 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
         if arm in ("instance", "shuffled", "semantic"):
             entry["segmentation"] = segmentation(cfg, model, tokenizer, arm, cfg.eval_masks)
         report["models"][arm] = entry
-        report["mechanism"][arm] = {"looks_at": looks_at(cfg, model), "separability": separability(cfg, model),
+        report["mechanism"][arm] = {"looks_at": looks_at(cfg, model, colors), "separability": separability(cfg, model),
                                     "listens_to": listens_to(cfg, model, tokenizer, prompts[::4])}
-        looking[arm] = model, int(np.argmax(report["mechanism"][arm]["looks_at"]["object"]))
+        looking[arm] = model, int(np.argmax(report["mechanism"][arm]["looks_at"]["object from its name"]))
         cut.append((f"{label(arm)}: masks", sgt.generate(model, tokenizer, [segment] * 8, seen, temperature=0.0), None))
         free.append((f"{label(arm)}: drawn", torch.cat(drawn)[shown], [prompts[i].text for i in shown]))
     run.write("report.json", json.dumps(report, indent=1).encode())
     run.write("report.md", (markdown(report) + "\n").encode())
     run.write("samples/comparison.png", sgt.picture_grid(cut + free))
-    run.write("samples/attention.png", attention_maps(cfg, looking))
+    run.write("samples/attention.png", attention_maps(cfg, looking, colors))
     write_html(run, report)
     return report
 
@@ -832,11 +832,10 @@ def svg_points(title: str, points: list[list[float]], classes: list[int], names:
     return f'<figure><svg viewBox="0 0 400 206" role="img"><text x="20" y="12" class="t">{title}</text>{dots}{keys}</svg></figure>'
 
 @torch.no_grad()
-def attention_maps(cfg: Config, models: dict, n: int = 6) -> bytes:
+def attention_maps(cfg: Config, models: dict, items: list[Item], n: int = 6) -> bytes:
     """Where each model looks when asked "what color is the SHAPE?": attention from the word SHAPE to the patches, mean over
     heads, at the layer that looks most at the object asked about; a PNG.
     """
-    items = [i for i in questions(cfg, "val", 2000) if i.kind == "color"]
     chosen = sorted(items, key=lambda i: -i.scenes.count[i.index])[:n]                             # crowded scenes
     seen = torch.cat([sgt.render(cfg, sgt.pick(i.scenes, slice(i.index, i.index + 1))).image for i in chosen])
     rows = [("asked", seen, [i.question for i in chosen])]
@@ -919,7 +918,7 @@ def export_scenes(cfg: Config, folder: Path, count: int) -> str:
         raise UserError(f"{folder} is there already; choose another --export-scenes")
     scenes = sgt.sample_scenes(cfg, "val", np.arange(count))
     rendered, out = sgt.render(cfg, scenes), sgt.Run(folder)
-    truth = as_coco(cfg, rendered.instance)
+    truth = as_coco(rendered.instance)
     truth["categories"] = [{"id": 1 + i, "name": name} for i, name in enumerate(sgt.SHAPE_NAMES[:cfg.shapes])]
     index = iter(truth["annotations"])
     for i in range(count):
@@ -998,7 +997,7 @@ def main(argv: list[str] | None = None) -> int:
             path = Path(args.export)
             sgt.Run(path.parent).write(path.name, json.dumps(results).encode())
             print(f"wrote {len(results)} masks of {len(masks)} scenes to {path}; "
-                  + ", ".join(f"{k} {v:.1f}" for k, v in average_precision(as_coco(cfg, instance), results).items()))
+                  + ", ".join(f"{k} {v:.1f}" for k, v in average_precision(as_coco(instance), results).items()))
             return 0
         for run in runs:
             if args.again or not (run.folder / "report.json").exists():

@@ -618,12 +618,12 @@ def test_average_precision_is_that_of_pycocotools_on_cases_worked_by_hand():
     """A mask written the wrong way round; an annotation numbered 0; a crash on nothing."""
     instance = torch.zeros(2, 16, 16, dtype=torch.long)
     instance[0, 1:5, 2:12], instance[0, 8:12, 8:12], instance[1, 0, 0] = 1, 2, 1        # one of a single pixel
-    truth, masks = benchmark.as_coco(CFG, instance), benchmark.true_masks(instance)
+    truth, masks = benchmark.as_coco(instance), benchmark.true_masks(instance)
     ap = lambda masks, scores: benchmark.average_precision(truth, benchmark.coco_results(masks, scores))
     ones = [[1.0] * len(m) for m in masks]
     assert ap(masks, ones) == {"ap": 100, "ap50": 100, "ar": 100}
     assert ap([m[:0] for m in masks], [[], []])["ap"] == 0
-    assert benchmark.average_precision(benchmark.as_coco(CFG, instance * 0), []) == {"ap": 100, "ap50": 100, "ar": 100}
+    assert benchmark.average_precision(benchmark.as_coco(instance * 0), []) == {"ap": 100, "ap50": 100, "ar": 100}
     missed = ap([masks[0], masks[1][:0]], ones[:1] + [[]])            # 2 of 3 found, none wrong: precision 1 up to recall 2/3
     assert abs(missed["ap"] - 100 * 67 / 101) < 0.01 and abs(missed["ar"] - 200 / 3) < 0.01
     wrong = torch.cat([masks[0], masks[0][:1].roll(8, 1)])            # a surer wrong mask: precision 1/2, then 2/3, 3/4
