@@ -37,7 +37,7 @@ from torch import Tensor
 
 import kernels
 import sgt
-from sgt import COLOR_NAMES, COLORS, PALETTE, QUESTIONS, SHAPES, TEXT, Config, Thing, UserError
+from sgt import COLOR_NAMES, COLORS, PALETTE, QUESTIONS, SHAPES, Config, Text, Thing, UserError
 
 # ==== 1. Judge: parse a picture back into objects ===========================================================
 
@@ -234,53 +234,56 @@ def confidence(drawn: Tensor, masks: list[Tensor], colors: int) -> list[list[flo
 
 def semantic_miou(cfg: Config, drawn: Tensor, category: Tensor) -> float:
     """Mean IoU in percent of the classes that occur, background included, over all pictures together."""
-    said, classes = nearest(drawn.float().cpu(), PALETTE[:cfg.shapes + 1]), torch.arange(cfg.shapes + 1)[:, None, None, None]
-    both, either = ((said == classes) & (category == classes)), ((said == classes) | (category == classes))
-    either = either.flatten(1).sum(1)
-    return 100 * float((both.flatten(1).sum(1)[either > 0] / either[either > 0]).mean())
+    n = len(cfg.shape_names) + 1
+    said = nearest(drawn.float().cpu(), PALETTE[:n])
+    table = (said * n + category).flatten().bincount(minlength=n * n).view(n, n)                  # (said, true)
+    both, occurs = table.diagonal(), table.sum(0) > 0
+    return 100 * float((both / (table.sum(0) + table.sum(1) - both))[occurs].mean())
 
 # ==== 3. Metrics of a model =================================================================================
 
-def scene_stream(cfg: Config, split: str, chunk: int = 256, overlap: float = 0.5):
-    """The scenes of a split without end, a chunk at a time."""
-    start = 0
-    while True:
-        yield sgt.sample_scenes(cfg, split, np.arange(start, start + chunk), overlap)
-        start += chunk
+def stream(cfg: Config, split: str, use: str = "questions", chunk: int = 256, total: int = 10 ** 9):
+    """The scenes or photographs of a split, a chunk at a time; photographs come again and again."""
+    for start in range(0, total, chunk):
+        yield sgt.sample(cfg, split, np.arange(start, start + chunk), use)
 
 Item = namedtuple("Item", "kind scenes index question truth")
 
 def questions(cfg: Config, split: str, total: int) -> list[Item]:
     """The same number of questions of every kind, each about a scene of its own: errors of answers about one scene go
-    together, and standard errors and tests take them for independent.
+    together, and standard errors and tests take them for independent. Photographs are fewer: there each question is asked
+    about a picture once, perhaps less often than wanted, and `hits_of` counts by pictures.
     """
-    need, items = Counter(dict.fromkeys(QUESTIONS, max(1, total // len(QUESTIONS)))), []
-    for scenes in scene_stream(cfg, split):
+    kinds, items, known = sgt.kinds_of(cfg), [], set()
+    need, scenes_only = Counter(dict.fromkeys(kinds, max(1, total // len(kinds)))), cfg.data == "scenes"
+    for scenes in stream(cfg, split, total=10 ** 9 if scenes_only else 20000):
         for b in range(len(scenes)):
             objects, rng = sgt.things(scenes, b), sgt.word_rng(scenes, b)
             for kind, missing in need.most_common():                  # the kind that lags behind first
                 asked = QUESTIONS[kind][1](objects, rng, cfg) if missing else None
-                if asked:
+                if asked and (scenes_only or (scenes.which[b], asked) not in known):
+                    known.add(None if scenes_only else (scenes.which[b], asked))
                     items.append(Item(kind, scenes, b, *asked))
                     need[kind] -= 1
                     break
         if not need.total():
-            return items
+            break
+    return items
 
 def blind_baselines(cfg: Config, items: list[Item]) -> dict[str, dict[str, float]]:
     """Accuracy without the image: the commonest training answer of a kind, and of the very question."""
     by_kind, by_question = {kind: Counter() for kind in QUESTIONS}, {}
-    scenes = sgt.sample_scenes(cfg, "train", np.arange(10000))
+    scenes = sgt.sample(cfg, "train", np.arange(10000))
     for b in range(len(scenes)):
         objects, rng = sgt.things(scenes, b), sgt.word_rng(scenes, b)
-        for kind, (_, ask) in QUESTIONS.items():
-            question, truth = ask(objects, rng, cfg) or ("", "")
+        for kind in sgt.kinds_of(cfg):
+            question, truth = QUESTIONS[kind][1](objects, rng, cfg) or ("", "")
             if question:
                 by_kind[kind][truth] += 1
                 by_question.setdefault(question, Counter())[truth] += 1
     top = lambda counter: counter.most_common(1)[0][0]
     majority, question_only = {}, {}
-    for kind in QUESTIONS:
+    for kind in dict.fromkeys(item.kind for item in items):
         asked = [item for item in items if item.kind == kind]
         majority[kind] = 100 * np.mean([top(by_kind[kind]) == i.truth for i in asked])
         question_only[kind] = 100 * np.mean([top(by_question.get(i.question, by_kind[kind])) == i.truth for i in asked])
@@ -288,9 +291,9 @@ def blind_baselines(cfg: Config, items: list[Item]) -> dict[str, dict[str, float
 
 def summarize(by_kind: dict[str, float]) -> dict[str, float]:
     """Add the averages over kinds: all, perception, reasoning."""
-    level = lambda name: float(np.mean([by_kind[k] for k, (at, _) in QUESTIONS.items() if at == name]))
+    level = lambda name: float(np.mean([v for k, v in by_kind.items() if QUESTIONS[k][0] == name]))
     return {**{k: float(v) for k, v in by_kind.items()}, "perception": level("perception"),
-            "reasoning": level("reasoning"), "average": float(np.mean([by_kind[k] for k in QUESTIONS]))}
+            "reasoning": level("reasoning"), "average": float(np.mean(list(by_kind.values())))}
 
 def ask_all(model, items: list[Item], batch: int = 250) -> list[str]:
     """Greedy answers."""
@@ -306,7 +309,7 @@ def ask_all(model, items: list[Item], batch: int = 250) -> list[str]:
 
 def understanding(model, items: list[Item]) -> dict:
     """Accuracy in percent by kind: the greedy answer must equal the true one to the letter. `hits` has every single one."""
-    right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS}
+    right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS if any(item.kind == kind for item in items)}
     for item, said in zip(items, ask_all(model, items)):
         right[item.kind].append(said == item.truth)
     return {**summarize({kind: 100 * np.mean(hits) for kind, hits in right.items()}), "hits": bits(right)}
@@ -318,33 +321,48 @@ MEASURES = {"understanding": ("understanding", "average"), "perception": ("under
             "reasoning": ("understanding", "reasoning"), "generation": ("generation", "average"),
             "position": ("generation", "position")}
 
-def hits_of(entry: dict, measure: str) -> np.ndarray:
-    """0 or 1 for each question or prompt that a measure averages, always in the same order."""
+def hits_of(report: dict, arm: str, measure: str) -> np.ndarray:
+    """0 or 1 for each question or prompt that a measure averages, always in the same order. Of questions about photographs
+    the sums by photograph, scaled to the same mean: answers about one picture are not independent.
+    """
     part, which = MEASURES[measure]
-    kinds = entry[part]["hits"]
+    kinds = report["models"][arm][part]["hits"]
     chosen = [k for k in kinds if which == "average" or k == which or QUESTIONS.get(k, ("",))[0] == which]
-    return np.array([int(c) for k in chosen for c in kinds[k]], np.float64)
+    hits = np.array([int(c) for k in chosen for c in kinds[k]], np.float64)
+    if part == "understanding" and "photographs" in report:
+        _, picture = np.unique([i for k in chosen for i in report["photographs"][k]], return_inverse=True)
+        hits = np.bincount(picture, hits) * (picture.max() + 1) / len(hits)
+    return hits
+
+def measures(report: dict) -> list[str]:
+    """What was measured: pictures drawn of prompts are judged in the world of scenes only."""
+    return [m for m, (part, _) in MEASURES.items() if part in report["models"]["base"]]
 
 def pope_items(cfg: Config, negatives: str, total: int) -> list[Item]:
-    """POPE (arXiv 2305.10355) on scenes: of each, one thing that is there and one that is not: any ("random"), the
-    commonest in training ("popular", which says little here, where all are about as common), or a color and a shape that
-    are both there but not together ("adversarial").
+    """POPE (arXiv 2305.10355): of each picture one thing that is there and one that is not: any ("random"), the commonest
+    in training ("popular", which says little of scenes, where all are about as common), or, "adversarial", a color and a
+    shape that are both there but not together; on photographs what is most often seen with what is there.
     """
     total = max(2, total // 2 * 2)
-    every = [(c, s) for c in COLOR_NAMES[:cfg.colors] for s in sgt.SHAPE_NAMES[:cfg.shapes]]
-    train = sgt.sample_scenes(cfg, "train", np.arange(4000 if negatives == "popular" else 0))
-    common = [pair for pair, _ in Counter((o.color, o.shape) for b in range(len(train)) for o in sgt.things(train, b)).most_common()]
+    every = [(c, s) for c in cfg.color_names for s in cfg.shape_names]
+    train = sgt.sample(cfg, "train", np.arange(4000 if negatives != "random" else 2))
+    seen = [{(o.color, o.shape) for o in sgt.things(train, b)} for b in range(len(train))]
+    common = [pair for pair, _ in Counter(pair for each in seen for pair in sorted(each)).most_common()]
+    together = Counter(pair for each in seen for pair in ((a, b) for a in sorted(each) for b in sorted(each)))
     items = []
-    for scenes in scene_stream(cfg, "val"):
+    for scenes in stream(cfg, "val"):
         for b in range(len(scenes)):
             objects, rng = sgt.things(scenes, b), sgt.word_rng(scenes, b)
             there = sorted({(o.color, o.shape) for o in objects})
             mixed = sorted({(o.color, p.shape) for o in objects for p in objects} - set(there))
+            if cfg.data != "scenes":               # what is most often seen with one of the things that are there
+                mixed = sorted(set(every) - set(there), key=lambda p: -max(together[p, q] for q in there))[:3]
             absent = {"random": [p for p in every if p not in there], "popular": [p for p in common if p not in there][:3],
                       "adversarial": mixed}[negatives]
+            there = sorted({(o.color, o.shape) for o in objects if o.index >= 0})
             if absent:
                 for (color, shape), truth in ((rng.choice(there), "yes"), (rng.choice(absent), "no")):
-                    items.append(Item("existence", scenes, b, f"is there a {color} {shape}?", truth))
+                    items.append(Item("existence", scenes, b, f"is there a {color} {shape}?".replace("  ", " "), truth))
             if len(items) >= total:
                 return items[:total]
 
@@ -378,7 +396,7 @@ def pope_file(cfg: Config, path: str) -> tuple[list[Tensor], list[str], list[str
         images.append(sgt.read_image(str(Path(path).parent / image), cfg.image_size)[0][0])
         texts.append(" ".join(text.lower().split()))
         labels.append(truth)
-        if len(TEXT.encode(texts[-1])) > cfg.row_len - cfg.patches - 8:
+        if len(cfg.text.encode(texts[-1])) > cfg.row_len - cfg.patches - 8:
             raise UserError(f"{path} line {number}: the question is too long for the model; make it shorter")
     if not labels:
         raise UserError(f"{path} holds no questions; give one JSON object a line")
@@ -388,7 +406,7 @@ def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
     """The same number of prompts of GenEval's six kinds, with a true picture (n, 3, P, P) of each."""
     per_kind, prompts, images = max(1, total // len(GENEVAL)), [], []
     need = Counter({kind: per_kind for kind in GENEVAL})
-    for scenes in scene_stream(cfg, "val", overlap=0.0):          # like GenEval's pictures: objects lie apart
+    for scenes in stream(cfg, "val", "captions"):                     # like GenEval's pictures: objects lie apart
         pictures = sgt.render(cfg, scenes).image
         for b in range(len(scenes)):
             objects = sgt.things(scenes, b)
@@ -449,25 +467,27 @@ def judge_accuracy(cfg: Config, prompts: list[Prompt], images: Tensor) -> float:
         return True
     return 100 * float(np.mean([exact(p.objects, f) for p, f in zip(prompts, judge(cfg, images))]))
 
-def drawn_targets(cfg: Config, model, tokenizer, name: str, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a model draws of validation scenes when asked for proxy `name` (without a model the true target, sent through
+def drawn_targets(cfg: Config, model, tokenizer, name: str, total: int, split: str = "val") -> tuple[Tensor, Tensor, Tensor]:
+    """What a model draws of validation pictures when asked for proxy `name` (without a model the true target, sent through
     the tokenizer: the ceiling), and the true instance and category maps.
     """
     drawn, instance, category = [], [], []
-    for scenes in scene_stream(cfg, "val", min(total, 100)):
+    if cfg.data != "scenes":                       # each photograph once
+        total = min(total, len(sgt.photographs(cfg.data, cfg.image_size, cfg.max_objects).pool(split, "masks")))
+    for scenes in stream(cfg, split, "masks", min(total, 100)):
         rendered = sgt.render(cfg, scenes)
         source, prompts, target = sgt.proxy_batch(cfg, name, scenes, rendered)
         device = tokenizer.place.device
         drawn.append(tokenizer.decode(tokenizer.encode(target.to(device))) if model is None else sgt.generate(
-            model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device), temperature=0.0))
+            model, tokenizer, [cfg.text.encode(p) for p in prompts], source.to(device), temperature=0.0))
         instance.append(rendered.instance)
         category.append(rendered.category)
         if len(instance) * len(scenes) >= total:
             return tuple(torch.cat(x)[:total].cpu() for x in (drawn, instance, category))
 
-def segmentation(cfg: Config, model, tokenizer, name: str, total: int) -> dict[str, float]:
+def segmentation(cfg: Config, model, tokenizer, name: str, total: int, split: str = "val") -> dict[str, float]:
     """Panoptic quality, mIoU and COCO's AP of instance masks; of the proxy that paints classes their mIoU."""
-    drawn, instance, category = drawn_targets(cfg, model, tokenizer, name, total)
+    drawn, instance, category = drawn_targets(cfg, model, tokenizer, name, total, split)
     if name == "semantic":
         return {"semantic_miou": semantic_miou(cfg, drawn, category)}
     masks = masks_of(drawn, cfg.max_objects)
@@ -503,7 +523,7 @@ def looks_at(cfg: Config, model, items: list[Item]) -> dict[str, list[float]]:
     """
     found = {"image": [], "object": [], "object from its name": [], "chance": []}
     for item in items:
-        one, ids = sgt.pick(item.scenes, slice(item.index, item.index + 1)), TEXT.encode(item.question)
+        one, ids = sgt.pick(item.scenes, slice(item.index, item.index + 1)), cfg.text.encode(item.question)
         rendered = sgt.render(cfg, one)
         target = next(o for o in sgt.things(one, 0) if o.shape in item.question)
         cover = F.avg_pool2d((rendered.instance == target.index + 1).float()[:, None], cfg.see_patch).flatten() > 0   # (U,)
@@ -513,7 +533,7 @@ def looks_at(cfg: Config, model, items: list[Item]) -> dict[str, list[float]]:
         on_object = weights[..., cover].sum(-1) / weights.sum(-1).clamp(min=1e-9)                    # (layers, T)
         found["image"].append(weights[:, -1].sum(-1))
         found["object"].append(on_object[:, -1])
-        found["object from its name"].append(on_object[:, len(TEXT.encode("what color is the"))])
+        found["object from its name"].append(on_object[:, len(cfg.text.encode("what color is the"))])
         found["chance"].append(cover.float().mean().expand(cfg.depth))
     return {name: (100 * torch.stack(values).mean(0)).tolist() for name, values in found.items()}
 
@@ -525,10 +545,10 @@ def listens_to(cfg: Config, model, tokenizer, prompts: list[Prompt]) -> dict[str
     """How much attention image tokens pay to a prompt's words of each kind, 100 = to an average word of it; mean over
     layers, in the first step of a drawing, when every token is masked.
     """
-    kind_of = {TEXT.encode(word)[0]: kind for kind, words in KEYWORDS.items() for word in words}
+    kind_of = {cfg.text.encode(word)[0]: kind for kind, words in KEYWORDS.items() for word in words}
     paid = {kind: [] for kind in [*KEYWORDS, "other"]}
     for prompt in prompts:
-        ids = [TEXT.BOS] + TEXT.encode(prompt.text)
+        ids = [Text.BOS] + cfg.text.encode(prompt.text)
         with recorded_attention() as seen:
             sgt.generate(model, tokenizer, [ids], steps=1, temperature=0.0)
         # layers of the condition, then those of the drawing, then the tokenizer's, which decodes what was drawn
@@ -547,7 +567,7 @@ def patch_features(cfg: Config, model, scenes: sgt.Scenes) -> tuple[Tensor, Tens
     block = lambda weights, x, *rest: states.append(x[:, :cfg.patches].float().cpu()) or sgt.Block.forward(weights, x, *rest)
     rows = sgt.Rows(cfg, len(scenes), cfg.patches + 1)
     for b in range(len(scenes)):
-        rows.add(b, 0, [TEXT.BOS], patches=True)
+        rows.add(b, 0, [Text.BOS], patches=True)
     ids, slots, positions, layout = (x.to(model.embed.device) for x in rows.tensors())
     dtype = kernels.compute_dtype(ids.device)
     features = model.see(rendered.image.to(ids.device, dtype))
@@ -590,45 +610,60 @@ def separability(cfg: Config, model, total: int = 1000) -> dict:
 def evaluate(run: sgt.Run, device: torch.device) -> dict:
     """Measure every finished model of a run; write report.json, report.md and report.html; return the report."""
     cfg = run.config()
-    items = questions(cfg, "val", cfg.eval_questions)
-    colors = [i for i in questions(cfg, "val", 2000) if i.kind == "color"]                        # for the mechanism
+    in_scenes, items = cfg.data == "scenes", questions(cfg, "val", cfg.eval_questions)
     pope = {kind: pope_items(cfg, kind, cfg.eval_questions // 5) for kind in ("random", "popular", "adversarial")}
-    prompts, pictures = geneval_prompts(cfg, cfg.eval_prompts)
+    if len(cfg.shape_names) == 1:
+        pope = {}                                  # everything is an "object"
     _, tokenizer, _, _ = sgt.load_run(run, "base", device)
-    round_trip = torch.cat([tokenizer.decode(tokenizer.encode(p.to(device))).cpu() for p in pictures.split(250)])
     report = {
         "run": run.folder.name, "seed": cfg.seed, "torch": torch.__version__, "device": str(device),
-        "config": dataclasses.asdict(cfg), "questions": len(items), "prompts": len(prompts), "masks": cfg.eval_masks,
-        "blind": blind_baselines(cfg, items),
-        "judge": {"exact": judge_accuracy(cfg, prompts, pictures), **score_pictures(cfg, prompts, pictures)},
-        "tokenizer": {"exact": judge_accuracy(cfg, prompts, round_trip), **score_pictures(cfg, prompts, round_trip)},
+        "config": dataclasses.asdict(cfg), "questions": len(items), "masks": cfg.eval_masks, "blind": blind_baselines(cfg, items),
         "mask_ceiling": segmentation(cfg, None, tokenizer, "instance", cfg.eval_masks), "models": {}, "mechanism": {},
     }
-    # the picture beside the numbers: eight scenes cut up, eight prompts drawn, by every model
-    val = sgt.sample_scenes(cfg, "grid", np.arange(8))
-    rendered, segment = sgt.render(cfg, val), TEXT.encode(sgt.PROXIES["instance"].prompts[0])
-    seen, shown = rendered.image.to(device), [len(prompts) * i // 8 for i in range(8)]
-    cut, free, looking = [("input", seen, None), ("true masks", sgt.instance(cfg, val, rendered), None)], [], {}
+    val = sgt.sample(cfg, "grid", np.arange(8), "masks")
+    rendered, segment = sgt.render(cfg, val), cfg.text.encode(sgt.PROXIES["instance"].prompts[0])
+    seen, looking = rendered.image.to(device), {}
+    if in_scenes:
+        colors = [i for i in questions(cfg, "val", 2000) if i.kind == "color"]                    # for the mechanism
+        prompts, pictures = geneval_prompts(cfg, cfg.eval_prompts)
+        round_trip = torch.cat([tokenizer.decode(tokenizer.encode(p.to(device))).cpu() for p in pictures.split(250)])
+        for name, images in (("judge", pictures), ("tokenizer", round_trip)):
+            report[name] = {"exact": judge_accuracy(cfg, prompts, images), **score_pictures(cfg, prompts, images)}
+    else:                                          # no judge of what a drawn photograph shows; but what is learned by heart shows
+        learned = questions(cfg, "train", cfg.eval_questions)
+        prompts = [Prompt("", sgt.caption(val, b, sgt.word_rng(val, b), cfg), None) for b in range(8)]
+        report["photographs"] = {kind: [int(i.scenes.which[i.index]) for i in items if i.kind == kind] for kind in sgt.kinds_of(cfg)}
+    report["prompts"] = len(prompts)
+    # the picture beside the numbers: eight pictures cut up, eight prompts drawn, by every model
+    shown = [len(prompts) * i // 8 for i in range(8)]
+    cut, free = [("input", seen, None), ("true masks", sgt.instance(cfg, val, rendered), None)], []
     for arm in ["base", *cfg.arms]:
         _, _, model, _ = sgt.load_run(run, arm, device)
         print(f"measuring {arm} …", flush=True)
-        ids = [[TEXT.BOS] + TEXT.encode(p.text) for p in prompts]
-        drawn = [sgt.generate(model, tokenizer, ids[i:i + 100], guidance=cfg.guidance, seed=i).cpu()
-                 for i in range(0, len(ids), 100)]
-        entry = {"understanding": understanding(model, items), "generation": score_pictures(cfg, prompts, torch.cat(drawn)),
+        ids = [[Text.BOS] + cfg.text.encode(p.text) for p in prompts]
+        drawn = torch.cat([sgt.generate(model, tokenizer, ids[i:i + 100], guidance=cfg.guidance, seed=i).cpu()
+                           for i in range(0, len(ids), 100)])
+        entry = {"understanding": understanding(model, items),
                  "pope": {kind: pope_scores([i.truth for i in asked], ask_all(model, asked)) for kind, asked in pope.items()}}
         if arm in ("instance", "shuffled", "semantic"):
             entry["segmentation"] = segmentation(cfg, model, tokenizer, arm, cfg.eval_masks)
+        if in_scenes:
+            entry["generation"] = score_pictures(cfg, prompts, drawn)
+            inside = {"looks_at": looks_at(cfg, model, colors), "separability": separability(cfg, model),
+                      "listens_to": listens_to(cfg, model, tokenizer, prompts[::4])}
+            report["mechanism"][arm], looking[arm] = inside, (model, int(np.argmax(inside["looks_at"]["object from its name"])))
+        else:
+            entry["learned"] = understanding(model, learned)
+            if "segmentation" in entry:
+                entry["learned_segmentation"] = segmentation(cfg, model, tokenizer, arm, cfg.eval_masks, "train")
         report["models"][arm] = entry
-        report["mechanism"][arm] = {"looks_at": looks_at(cfg, model, colors), "separability": separability(cfg, model),
-                                    "listens_to": listens_to(cfg, model, tokenizer, prompts[::4])}
-        looking[arm] = model, int(np.argmax(report["mechanism"][arm]["looks_at"]["object from its name"]))
         cut.append((f"{label(arm)}: masks", sgt.generate(model, tokenizer, [segment] * 8, seen, temperature=0.0), None))
-        free.append((f"{label(arm)}: drawn", torch.cat(drawn)[shown], [prompts[i].text for i in shown]))
+        free.append((f"{label(arm)}: drawn", drawn[shown], [prompts[i].text for i in shown]))
     run.write("report.json", json.dumps(report, indent=1).encode())
     run.write("report.md", (markdown(report) + "\n").encode())
     run.write("samples/comparison.png", sgt.picture_grid(cut + free))
-    run.write("samples/attention.png", attention_maps(cfg, looking, colors))
+    if in_scenes:
+        run.write("samples/attention.png", attention_maps(cfg, looking, colors))
     write_html(run, report)
     return report
 
@@ -647,44 +682,51 @@ def table(head: list[str], rows: list[list]) -> str:
 def markdown(report: dict) -> str:
     """The tables of a report, and the comparison that the run was made for."""
     models, blind = report["models"], report["blind"]
-    arms, names = list(models), [label(arm) for arm in models]
+    arms, names, kinds = list(models), [label(arm) for arm in models], [k for k in QUESTIONS if k in blind["majority"]]
     of = lambda part, key: [models[a][part][key] for a in arms]
-    pope = lambda kind, key: [models[a]["pope"][kind][key] for a in arms]
-    error = 100 * math.sqrt(0.25 / report["questions"])
-    out = [f"Understanding: accuracy in %, {report['questions']} questions (standard error of an average at most {error:.1f}, "
-           f"of a kind {error * math.sqrt(len(QUESTIONS)):.1f})",
+    independent = len({i for each in report["photographs"].values() for i in each}) if "photographs" in report else report["questions"]
+    error = 100 * math.sqrt(0.25 / independent)
+    out = [f"Understanding: accuracy in %, {report['questions']} questions"
+           + (f" about {independent} photographs (standard error of an average at most {error:.1f})" if "photographs" in report else
+              f" (standard error of an average at most {error:.1f}, of a kind {error * math.sqrt(len(kinds)):.1f})"),
            table(["question", "majority", "question only", *names],
                  [[k, blind["majority"][k], blind["question_only"][k], *of("understanding", k)]
-                  for k in [*QUESTIONS, "perception", "reasoning", "average"]]),
-           "\nExistence by POPE: yes or no, half and half, in %",
-           table(["negatives", "metric", *names],
-                 [[kind, metric, *pope(kind, metric)] for kind in ("random", "popular", "adversarial")
-                  for metric in ("accuracy", "precision", "recall", "f1", "yes")]),
-           f"\nGeneration: pictures that show what was asked, in %, {report['prompts']} prompts",
-           table(["prompt", "judge", "ceiling", *names],
-                 [[name, report["judge"][k], report["tokenizer"][k], *of("generation", k)]
-                  for k, name in [*((k, k) for k in [*GENEVAL, "average"]), ("layout_seen", "position: both there"),
-                                  ("layout_error", "layout error, px")]]),
-           f"(judge: on true pictures, of which it parses {report['judge']['exact']:.1f} % exactly; "
-           "ceiling: on true pictures after a round trip through the tokenizer)"]
-    segmented = [a for a in arms if "pq" in models[a].get("segmentation", {})]
+                  for k in [*kinds, "perception", "reasoning", "average"]]
+                 + ([["average, training photographs", None, None, *of("learned", "average")]] if "photographs" in report else []))]
+    if models["base"]["pope"]:
+        out += ["\nExistence by POPE: yes or no, half and half, in %",
+                table(["negatives", "metric", *names],
+                      [[kind, metric, *(models[a]["pope"][kind][metric] for a in arms)] for kind in models["base"]["pope"]
+                       for metric in ("accuracy", "precision", "recall", "f1", "yes")])]
+    if "judge" in report:
+        out += [f"\nGeneration: pictures that show what was asked, in %, {report['prompts']} prompts",
+                table(["prompt", "judge", "ceiling", *names],
+                      [[name, report["judge"][k], report["tokenizer"][k], *of("generation", k)]
+                       for k, name in [*((k, k) for k in [*GENEVAL, "average"]), ("layout_seen", "position: both there"),
+                                       ("layout_error", "layout error, px")]]),
+                f"(judge: on true pictures, of which it parses {report['judge']['exact']:.1f} % exactly; "
+                "ceiling: on true pictures after a round trip through the tokenizer)"]
+    segmented = {label(a): models[a]["segmentation"] for a in arms if "pq" in models[a].get("segmentation", {})}
+    segmented.update({f"{label(a)}, training": models[a]["learned_segmentation"] for a in arms
+                      if "pq" in models[a].get("learned_segmentation", {})})
     if segmented:
-        out += [f"\nSegmentation: class-agnostic instances, 0-100, {report['masks']} scenes",
-                table(["measure", "ceiling", *map(label, segmented)],
-                      [[m.upper().replace("MIOU", "mIoU"), report["mask_ceiling"][m],
-                        *(models[a]["segmentation"][m] for a in segmented)] for m in ("pq", "sq", "rq", "miou", "ap", "ap50", "ar")])]
+        out += [f"\nSegmentation: class-agnostic instances, 0-100, at most {report['masks']} pictures",
+                table(["measure", "ceiling", *segmented],
+                      [[m.upper().replace("MIOU", "mIoU"), report["mask_ceiling"][m], *(part[m] for part in segmented.values())]
+                       for m in ("pq", "sq", "rq", "miou", "ap", "ap50", "ar")])]
     if "semantic" in models:
         out.append(f"semantic: mIoU of classes {models['semantic']['segmentation']['semantic_miou']:.1f}")
     inside = report["mechanism"]
-    best = lambda part, key: [max(inside[a][part][key] if part == "looks_at" else inside[a][part]["probes"][key]) for a in arms]
-    out += ["\nInside, in % (attention to words: 100 = an average word), at the layer where it is clearest",
-            table(["linear probe, or attention", "chance", *names],
-                  [[f"{task} from the patches", inside["base"]["separability"]["majority"][task], *best("separability", task)]
-                   for task in ("shape", "color", "count")]
-                  + [[f"on the {key}", inside["base"]["looks_at"]["chance"][0], *best("looks_at", key)]
-                     for key in ("object", "object from its name")]
-                  + [[f"drawing: on {kind} words", 100.0, *(inside[a]["listens_to"][kind] for a in arms)]
-                     for kind in [*KEYWORDS, "other"]])]
+    if inside:
+        best = lambda part, key: [max(inside[a][part][key] if part == "looks_at" else inside[a][part]["probes"][key]) for a in arms]
+        out += ["\nInside, in % (attention to words: 100 = an average word), at the layer where it is clearest",
+                table(["linear probe, or attention", "chance", *names],
+                      [[f"{task} from the patches", inside["base"]["separability"]["majority"][task], *best("separability", task)]
+                       for task in ("shape", "color", "count")]
+                      + [[f"on the {key}", inside["base"]["looks_at"]["chance"][0], *best("looks_at", key)]
+                         for key in ("object", "object from its name")]
+                      + [[f"drawing: on {kind} words", 100.0, *(inside[a]["listens_to"][kind] for a in arms)]
+                         for kind in [*KEYWORDS, "other"]])]
     if "none" in models and len(arms) > 2:
         out += ["", *(f"{label(a)} against SFT, one seed: {compare(report, a)}." for a in arms if a not in ("base", "none"))]
     return "\n".join(out)
@@ -692,9 +734,9 @@ def markdown(report: dict) -> str:
 def compare(report: dict, arm: str) -> str:
     """Paired differences to the SFT control in words, ± their standard error over questions and prompts."""
     def one(measure: str) -> str:
-        d = 100 * (hits_of(report["models"][arm], measure) - hits_of(report["models"]["none"], measure))
+        d = 100 * (hits_of(report, arm, measure) - hits_of(report, "none", measure))
         return f"{measure} {d.mean():+.1f} ± {d.std() / math.sqrt(len(d)):.1f}"
-    return ", ".join(map(one, ("understanding", "perception", "reasoning", "generation", "position")))
+    return ", ".join(map(one, measures(report)))
 
 def read_report(run: sgt.Run) -> dict:
     try:
@@ -725,7 +767,7 @@ def study(reports: list[dict]) -> str:
     arms = [a for a in ["base", *sgt.PROXIES] if all(a in r["models"] for r in reports)]
     if "none" not in arms or len(arms) < 3:
         raise UserError("a study needs runs that share the arm none and at least one proxy; train with --proxies none,instance,…")
-    n = len(reports)
+    n, measured = len(reports), measures(reports[0])
     values = lambda arm, measure: np.array([r["models"][arm][MEASURES[measure][0]][MEASURES[measure][1]] for r in reports])
     spread = lambda x: f"{x.mean():.1f}" + (f" ± {x.std(ddof=1) / math.sqrt(n):.1f}" if n > 1 else "")
 
@@ -734,7 +776,7 @@ def study(reports: list[dict]) -> str:
         Of "this - that" the difference of the two differences: each question counts by its share of its own mean.
         """
         def one(r: dict, measure: str) -> np.ndarray:
-            mean = lambda group: np.mean([hits_of(r["models"][x], measure) for x in group], 0)
+            mean = lambda group: np.mean([hits_of(r, x, measure) for x in group], 0)
             return (mean(a) - mean(b)) / len(mean(a))
         first, *second = measure.split(" - ")
         each = [np.concatenate([one(r, first), *(-one(r, m) for m in second)]) for r in reports]
@@ -743,11 +785,11 @@ def study(reports: list[dict]) -> str:
     rows = []
     for arm in arms:
         pq = [part["pq"] for r in reports if "pq" in (part := r["models"][arm].get("segmentation", {}))]
-        difference = ["", ""]
+        difference = [""] * (2 if "generation" in measured else 1)
         if arm not in ("base", "none"):
-            difference = ["{:+.1f} (p {:.3f})".format(*against([arm], ["none"], m)) for m in ("understanding", "generation")]
+            difference = ["{:+.1f} (p {:.3f})".format(*against([arm], ["none"], m)) for m in ("understanding", "generation") if m in measured]
         rows.append(["" if arm in ("base", "none") else sgt.PROXIES[arm].level, label(arm),
-                     *(spread(values(arm, m)) for m in MEASURES), spread(np.array(pq)) if len(pq) == n else "–", *difference])
+                     *(spread(values(arm, m)) for m in measured), spread(np.array(pq)) if len(pq) == n else "–", *difference])
     of_level = lambda level: [a for a in arms if a in sgt.PROXIES and sgt.PROXIES[a].level == level]
     high, lower = of_level("high"), of_level("mid") + of_level("low")
 
@@ -755,8 +797,8 @@ def study(reports: list[dict]) -> str:
         """tests: (arms, other arms, measure, wanted sign)."""
         said, states = [], []
         for a, b, measure, sign in tests:
-            if not a or not b:
-                return f"- {claim}: not measured (no such arm)."
+            if not a or not b or measure not in [*measured, "perception - reasoning"]:
+                return f"- {claim}: not measured."
             d, p, agree = against(a, b, measure)
             clear = p < 0.05 and agree
             states.append(("holds" if d * sign > 0 else "does not hold") if clear else "not resolved")
@@ -773,7 +815,7 @@ def study(reports: list[dict]) -> str:
               verdict("Replay alone lowers generation below the base model", [(["none"], ["base"], "generation", -1)]),
               verdict("Masks of the right image teach more than masks of another", [(sgt_arm, other_masks, "understanding", 1)])]
     seeds = f"{n} seed{'s' * (n > 1)} ({', '.join(str(r['seed']) for r in reports)})"
-    head = ["level", "arm", *MEASURES, "PQ", "Δ understanding", "Δ generation"]
+    head = ["level", "arm", *measured, "PQ", "Δ understanding", *["Δ generation"] * ("generation" in measured)]
     return (f"{seeds}; {reports[0]['questions']} questions and {reports[0]['prompts']} prompts each; mean"
             f"{' ± standard error over seeds' * (n > 1)}; Δ against SFT, paired over questions and prompts\n"
             f"{table(head, rows)}\n\n" + "\n".join(claims) + "\np: permutation test over questions of the models at hand; it does "
@@ -784,7 +826,7 @@ def sweep(reports: list[dict]) -> str:
     """Runs that differ in more than the seed: a line for each arm of each setting, seeds of one setting averaged."""
     settings = [{k: v for k, v in r["config"].items() if k not in sgt.NOT_PART_OF_A_RUN | {"seed"}} for r in reports]
     varied = [k for k in settings[0] if len({json.dumps(each.get(k)) for each in settings}) > 1]
-    if {"image_size", "shapes", "colors", "max_objects", "lattice", "texture", "eval_questions", "eval_prompts"} & set(varied):
+    if {"data", "image_size", "shapes", "colors", "max_objects", "lattice", "texture", "eval_questions", "eval_prompts"} & set(varied):
         raise UserError(f"the runs are measured on different questions or worlds ({', '.join(varied)}); "
                         "compare runs that agree in these")
     same = lambda each: tuple(each[k] for k in varied)
@@ -798,8 +840,8 @@ def sweep(reports: list[dict]) -> str:
         for arm in group[0]["models"]:
             if all(arm in r["models"] for r in group):
                 of = lambda part, key: float(np.mean([r["models"][arm][part][key] for r in group]))
-                rows.append([*map(str, setting), len(group), label(arm), *(of(*MEASURES[m]) for m in MEASURES)])
-    return table([*varied, "seeds", "arm", *MEASURES], rows)
+                rows.append([*map(str, setting), len(group), label(arm), *(of(*MEASURES[m]) for m in measures(reports[0]))])
+    return table([*varied, "seeds", "arm", *measures(reports[0])], rows)
 
 # ==== 7. report.html ========================================================================================
 
@@ -839,11 +881,11 @@ def attention_maps(cfg: Config, models: dict, items: list[Item], n: int = 6) -> 
     chosen = sorted(items, key=lambda i: -i.scenes.count[i.index])[:n]                             # crowded scenes
     seen = torch.cat([sgt.render(cfg, sgt.pick(i.scenes, slice(i.index, i.index + 1))).image for i in chosen])
     rows = [("asked", seen, [i.question for i in chosen])]
-    word = len(TEXT.encode("what color is the"))
+    word = len(cfg.text.encode("what color is the"))
     for arm, (model, layer) in models.items():
         with recorded_attention() as found:
             for i, item in enumerate(chosen):
-                sgt.prefill(model, [TEXT.encode(item.question)], seen[i:i + 1].to(model.embed.device), 0)
+                sgt.prefill(model, [cfg.text.encode(item.question)], seen[i:i + 1].to(model.embed.device), 0)
         heat = torch.stack([w[0, :, cfg.patches + word, :cfg.patches].mean(0).cpu() for w in found[layer::cfg.depth]])   # (n, U)
         heat = (heat / heat.max(1, keepdim=True).values).view(-1, 1, cfg.see_grid, cfg.see_grid)
         rows.append((f"{label(arm)}, layer {layer + 1}", seen * (0.15 + 0.85 * F.interpolate(heat, cfg.image_size)), None))
@@ -883,19 +925,22 @@ def write_html(run: sgt.Run, report: dict) -> None:
         names = dict.fromkeys(k for line in lines for k in line if k not in ("stage", "step", "seconds"))
         curves.append(svg_lines(f"loss: {label(stage)}", {k: [(line["step"], min(line[k], 8)) for line in lines if k in line]
                                                           for k in names}, 0.0))
-    by_layer = lambda key, part: {label(a): list(enumerate(m[key][part], 1)) for a, m in arms.items()}
-    first = next(iter(arms.values()))
-    chance = {"chance": list(enumerate(first["looks_at"]["chance"], 1))}
-    layers = [svg_lines("attention of the answer on the image, % by layer", by_layer("looks_at", "image"), 0.0),
-              svg_lines("… of that on the object asked about, %", {**by_layer("looks_at", "object"), **chance}, 0.0),
-              svg_lines("… and from the word that names it, %", {**by_layer("looks_at", "object from its name"), **chance}, 0.0)]
-    for task, majority in first["separability"]["majority"].items():
-        lines = {label(a): list(enumerate(m["separability"]["probes"][task])) for a, m in arms.items()}
-        layers.append(svg_lines(f"linear probe for {task}, % by layer (majority {majority:.0f})", lines))
-    last = list(arms)[-1]
-    s = arms[last]["separability"]
-    layers.append(svg_points(f"patches of the last layer, {label(last)}, by shape", s["points"], s["shapes"],
-                             sgt.SHAPE_NAMES[:max(s["shapes"]) + 1]))
+    layers = []
+    if arms:
+        by_layer = lambda key, part: {label(a): list(enumerate(m[key][part], 1)) for a, m in arms.items()}
+        first = next(iter(arms.values()))
+        chance = {"chance": list(enumerate(first["looks_at"]["chance"], 1))}
+        layers += [picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()), "<h2>Layers</h2>"]
+        layers += [svg_lines("attention of the answer on the image, % by layer", by_layer("looks_at", "image"), 0.0),
+                  svg_lines("… of that on the object asked about, %", {**by_layer("looks_at", "object"), **chance}, 0.0),
+                  svg_lines("… and from the word that names it, %", {**by_layer("looks_at", "object from its name"), **chance}, 0.0)]
+        for task, majority in first["separability"]["majority"].items():
+            lines = {label(a): list(enumerate(m["separability"]["probes"][task])) for a, m in arms.items()}
+            layers.append(svg_lines(f"linear probe for {task}, % by layer (majority {majority:.0f})", lines))
+        last = list(arms)[-1]
+        s = arms[last]["separability"]
+        layers.append(svg_points(f"patches of the last layer, {label(last)}, by shape", s["points"], s["shapes"],
+                                 sgt.SHAPE_NAMES[:max(s["shapes"]) + 1]))
     samples = []
     for path in sorted((run.folder / "samples").glob("*_*.png")):
         stage, step = path.stem.rsplit("_", 1)
@@ -904,8 +949,7 @@ def write_html(run: sgt.Run, report: dict) -> None:
     body = [f"<h1>{html.escape(run.folder.name)}: seed {report['seed']}, {report['device']}, torch {report['torch']}</h1>",
             html_of(markdown(report)),
             picture("The same scenes and prompts, by every model", (run.folder / "samples/comparison.png").read_bytes()),
-            picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()),
-            "<h2>Layers</h2>", *layers, "<h2>Training</h2>", *curves, *samples]
+            *layers, "<h2>Training</h2>", *curves, *samples]
     page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
             f"<title>{html.escape(run.folder.name)}</title><style>{STYLE}</style>" + "\n".join(body))
     run.write("report.html", page.encode())
@@ -914,6 +958,8 @@ def write_html(run: sgt.Run, report: dict) -> None:
 
 def export_scenes(cfg: Config, folder: Path, count: int) -> str:
     """Validation scenes as a COCO data set: images/, instances.json (classes are shapes) and captions.json."""
+    if cfg.data != "scenes":
+        raise UserError("this run has no scenes, its data are photographs; name a run on scenes")
     if folder.exists():
         raise UserError(f"{folder} is there already; choose another --export-scenes")
     scenes = sgt.sample_scenes(cfg, "val", np.arange(count))

@@ -26,19 +26,24 @@ C channels, M objects, P pixels a side, U understanding patches.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import tarfile
 import textwrap
+import threading
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +53,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from pycocotools import mask as mask_tools
 from safetensors import safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -64,11 +70,15 @@ class UserError(Exception):
 class Config:
     """Every setting of a run. The comment behind a field is its --help text; presets are dicts over it."""
     seed: int = 0                     # everything random derives from (seed, step)
-    # the world
+    # the data
+    data: str = "scenes"              # scenes (rendered), or photographs: coco:DIR, voc:DIR, sam:DIR_OR_TAR, hf:USER/DATASET[@REVISION]
+    tolerate: float = 1.0             # photographs: percent of bad records to skip; more stop the run
+    categories: str = ""              # photographs: names of what is annotated; found in the data
+    words: str = ""                   # photographs: words beside the built-in ones; found in the data
     image_size: int = 32              # pixels a side
     shapes: int = 6                   # how many of the 8 shapes appear
     colors: int = 6                   # how many of the 8 colors appear
-    max_objects: int = 4              # objects in a scene: 1 to this many
+    max_objects: int = 4              # objects in a scene: 1 to this many; of a photograph: instances painted, largest first
     lattice: int = 8                  # object centres lie on multiples of this many pixels; 0 = anywhere
     texture: float = 0.05             # share of scenes with a textured background and of objects with stripes
     # the vision tokenizer
@@ -123,7 +133,10 @@ class Config:
     tokens = property(lambda self: self.grid ** 2)                                                # N
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
     codebook = property(lambda self: math.prod(self.levels))                                      # K
-    arms = property(lambda self: list(PROXIES) if self.proxies == "all" else self.proxies.split(","))
+    arms = property(lambda self: proxies_of(self) if self.proxies == "all" else self.proxies.split(","))
+    shape_names = property(lambda self: SHAPE_NAMES[:self.shapes] if self.data == "scenes" else self.categories.split(","))
+    color_names = property(lambda self: COLOR_NAMES[:self.colors] if self.data == "scenes" else [""])
+    text = property(lambda self: text_of(self.words))                                             # the vocabulary
     see_grid = property(lambda self: self.image_size // self.see_patch)
     patches = property(lambda self: self.see_grid ** 2)                                           # U
     image_slot = property(lambda self: 1 + self.patches)          # learned positions: none, patches, image tokens, text
@@ -134,7 +147,8 @@ class Config:
         size, patch = self.image_size, self.patch
         if min(patch, self.see_patch) < 2:         # nothing below can be computed without them
             raise UserError(f"patch={patch}, see_patch={self.see_patch}; give at least 2")
-        fits = max(self.tokens + self.prompt_len, self.patches + 6 + self.tokens, self.patches + 64)
+        photos = self.data != "scenes"
+        fits = max(self.tokens + self.prompt_len, self.patches + (10 if photos else 6) + self.tokens, self.patches + 64)
         rules = [
             (size >= 16 and size % patch == 0 == size % 4,
              f"image_size={size} is not at least 16 and divisible by 4 and by patch={patch}",
@@ -149,8 +163,15 @@ class Config:
             (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
             (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and self.threads >= 0,
              "depth, tok_depth and tok_reach must be at least 1, threads at least 0", "change them"),
-            (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= 4,
-             f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}", "choose 3-8, 3-8 and 2-4"),
+            (re.fullmatch(r"scenes|(coco|voc|sam|hf):.+", self.data), f"data={self.data!r}",
+             "choose scenes, coco:DIR, voc:DIR, sam:DIR_OR_TAR or hf:USER/DATASET"),
+            (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= (12 if photos else 4),
+             f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}",
+             "choose 3-8, 3-8 and 2-4 (of photographs 2-12)"),
+            (len(self.categories.split(",")) <= 200 and len(self.words) < 10 ** 6, "the data name more than 200 categories",
+             "leave some out"),
+            (not set(self.arms) & set(PROXIES) - set(proxies_of(self)), f"proxies={self.proxies!r}",
+             f"photographs have no depth and one view only: choose from {', '.join(proxies_of(self))}"),
             (0 <= self.lattice <= size // 4, f"lattice={self.lattice}", f"choose 0 to {size // 4} at this image size"),
             (self.prompt_len >= 16, f"prompt_len={self.prompt_len} does not hold the prompts", "give at least 16"),
             (self.row_len >= fits, f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
@@ -195,11 +216,14 @@ PRESETS = {
                  tok_depth=4, tok_steps=8000, tok_batch=256, width=512, depth=12, head_dim=64, base_steps=20000, arm_steps=4000,
                  vqa_batch=96, t2i_batch=128, adam_lr=0.004, arm_vqa=48, arm_t2i=64, eval_questions=20000, eval_prompts=1200,
                  eval_masks=1000, sample_every=2000, save_every=1000, row_len=328),
-    # photographs at 256 pixels, ~100M parameters; their loader is not written yet, so this trains on scenes
-    "coco": dict(image_size=256, patch=16, see_patch=16, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,6,5", tok_width=512,
+    # photographs (--data) at 256 pixels, ~100M parameters: a GPU, hours
+    "coco": dict(image_size=256, patch=16, see_patch=16, max_objects=12, fsq_levels="8,8,8,6,5", tok_width=512, tok_reach=3,
                  tok_depth=8, tok_steps=30000, tok_batch=128, width=768, depth=14, head_dim=64, base_steps=60000, arm_steps=10000,
-                 vqa_batch=64, t2i_batch=64, adam_lr=0.003, arm_vqa=32, arm_t2i=32, eval_questions=20000, eval_prompts=1200,
-                 eval_masks=1000, sample_every=5000, save_every=1000, row_len=520, prompt_len=64),
+                 vqa_batch=64, t2i_batch=64, adam_lr=0.003, arm_vqa=32, arm_t2i=32, eval_questions=8000, eval_prompts=1200,
+                 eval_masks=1000, sample_every=5000, save_every=1000, row_len=536, prompt_len=64),
+    # photographs at 64 pixels on a CPU: small data are learned by heart, large ones a little
+    "coco-tiny": dict(image_size=64, patch=8, see_patch=8, max_objects=6, fsq_levels="8,8,8,6,5", tok_steps=1500, base_steps=2400,
+                      row_len=152, prompt_len=24, tok_reach=2, eval_questions=1600),
 }
 
 # ==== 2. Scenes: the data set, rendered =====================================================================
@@ -256,6 +280,10 @@ class Scenes:
     background: np.ndarray            # (B,) index into BACKGROUNDS
     texture: np.ndarray               # (B, 1 + M) amplitude of stripes: background, then objects
     seeds: np.ndarray                 # (B, 8) uniforms for everything later: referents, words, noise
+
+    names, colors = SHAPE_NAMES, COLOR_NAMES
+    painted = property(lambda self: np.arange(self.shape.shape[1]) < self.count[:, None])         # (B, M), in the instance map
+    asked = painted                                                                               # (B, M), to be talked about
 
     def __len__(self) -> int:
         return len(self.count)
@@ -317,18 +345,22 @@ class Rendered:
     instance: Tensor                 # (B, P, P) int64: 0 background, 1 + index of the object that is in front
     category: Tensor                  # (B, P, P) int64: 0 background, 1 + index into SHAPES
     depth: Tensor                     # (B, P, P) in [0, 1], 1 = near
+    stuff: Tensor                     # (B, P, P) int64: 0 none, 1 + index of a class of background; only photographs have it
 
-def pick(batch: Scenes | Rendered, index: slice) -> Scenes | Rendered:
-    return type(batch)(*(value[index] for value in vars(batch).values()))
+def pick(batch, index: slice):
+    """A part of a batch of scenes, photographs or renderings."""
+    return type(batch)(*(value[index] if isinstance(value, (np.ndarray, Tensor)) else value for value in vars(batch).values()))
 
 def per_object(values: np.ndarray) -> Tensor:
     """(B, M) numbers of objects → (B, 1 + M) for indexing with an instance map; the background gets 0."""
     return F.pad(torch.as_tensor(values), (1, 0))
 
-def render(cfg: Config, scenes: Scenes, shift: float = 0.0) -> Rendered:
-    """Paint scenes back to front with smooth edges. `shift` moves the camera sideways by up to that many pixels for the
-    nearest objects (parallax).
+def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered:
+    """Paint scenes back to front with smooth edges, or look photographs up. `shift` moves the camera sideways by up to that
+    many pixels for the nearest objects (parallax).
     """
+    if not isinstance(scenes, Scenes):
+        return show_photos(scenes)
     B, M, P = len(scenes), scenes.shape.shape[1], cfg.image_size
     put = lambda a: torch.as_tensor(a, dtype=torch.float32)
     pixel = torch.arange(P) + 0.5                             # (P,)
@@ -358,7 +390,473 @@ def render(cfg: Config, scenes: Scenes, shift: float = 0.0) -> Rendered:
         instance = torch.where(front, m + 1, instance)
         depth = torch.where(front, (0.3 + 0.6 * nearness[:, m] + 0.02 * m)[:, None, None], depth)
     category = per_object(scenes.shape + 1).gather(1, instance.flatten(1)).view_as(instance)
-    return Rendered(image.clamp(0, 1), instance, category, depth)
+    return Rendered(image.clamp(0, 1), instance, category, depth, torch.zeros_like(instance))
+
+# ==== 2b. Photographs: annotated data behind the same two functions =========================================
+
+class BadRecord(Exception):
+    """Something in a data set that cannot be used, and why: it is counted, named and skipped."""
+
+LARGEST = 100_000_000                 # bytes of a file, pixels of a picture; beyond it is a mistake or an attack
+
+def upright(file, annotated: tuple[int, int] | None = None) -> Image.Image:
+    """Any picture (a path or a binary file), in RGB and turned as its EXIF data say, unless it has the annotated size
+    (width, height) only as it lies. Raises what Pillow raises, which are a dozen kinds of errors.
+    """
+    with Image.open(file) as picture:
+        if picture.size[0] * picture.size[1] > LARGEST:
+            raise ValueError(f"{picture.size[0]} × {picture.size[1]} pixels are too many")
+        turned = ImageOps.exif_transpose(picture)
+        picture = picture if annotated == picture.size != turned.size else turned
+        if picture.mode in ("I", "I;16", "I;16B", "F"):       # 16 bits and more: scale the range that is used
+            values = np.asarray(picture, np.float64)
+            low, high = np.nanmin(values), np.nanmax(values)
+            picture = Image.fromarray(np.uint8(np.nan_to_num((values - low) / max(high - low, 1e-9)) * 255))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+def squeeze(picture: Image.Image, P: int) -> np.ndarray:
+    """(P, P, …) uint8, whatever the sides were; smaller pictures are enlarged smoothly."""
+    return np.asarray(picture.resize((P, P), Image.Resampling.BOX if min(picture.size) >= P else Image.Resampling.BICUBIC))
+
+# --- what annotations hold, checked before pycocotools sees it: some of it crashes the interpreter, or reads foreign memory
+
+def number(x, low: float, high: float) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high       # NaN is not
+
+def run_lengths(counts: str) -> list[int]:
+    """COCO's compressed run lengths as numbers: 5 bits a character, from the fourth on differences to the last but one."""
+    runs, value, shift = [], 0, 0
+    for c in counts:
+        bits = ord(c) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise BadRecord("run lengths that are none")
+        value, shift = value | (bits & 31) << shift, shift + 5
+        if not bits & 32:                                             # the last character of a number; bit 16 is its sign
+            runs.append(value - (bits >> 4 << shift) + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs + [-1] * (shift > 0)                                  # -1: cut off within a number
+
+def decode_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
+    """Polygons, run lengths or pixels of an annotation → mask (h, w) bool."""
+    if isinstance(segmentation, np.ndarray):
+        return segmentation
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+                raise BadRecord("a polygon with fewer than three points")
+            if not all(number(x, -w - h, 2 * (w + h)) for x in polygon):
+                raise BadRecord("a polygon with absurd coordinates")
+            if np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0)).sum() > 1000 * (w + h):
+                raise BadRecord("a polygon of absurd length")
+        if not segmentation:
+            raise BadRecord("no polygon")
+    else:
+        runs = segmentation.get("counts") if isinstance(segmentation, dict) else None
+        if not isinstance(runs, (str, list)) or segmentation.get("size") != [h, w]:
+            raise BadRecord(f"run lengths of another size than {[h, w]}, or none")
+        runs = run_lengths(runs) if isinstance(runs, str) else runs
+        if not all(number(n, 0, h * w) and n == int(n) for n in runs) or sum(runs) != h * w:
+            raise BadRecord("run lengths that do not sum to the size of the picture")
+        segmentation = {"size": [h, w], "counts": [int(n) for n in runs]}
+    found = mask_tools.frPyObjects(segmentation, h, w)
+    return mask_tools.decode(mask_tools.merge(found) if isinstance(found, list) else found) > 0
+
+class Annotation(NamedTuple):
+    category: int
+    segmentation: list | dict | np.ndarray | None                     # None: only a box
+    box: list[float] | None                                           # x, y, width, height
+    crowd: bool
+    bad: str = ""                                                     # why it must not be looked at; its thing is there all the same
+
+def checked(a: dict, categories: dict[int, int], seen: set[int]) -> Annotation:
+    """An entry of "annotations"; raises BadRecord where not even what it says is there can be known."""
+    category, crowd, box, bad = a.get("category_id", 0), bool(a.get("iscrowd")), a.get("bbox"), ""
+    if not isinstance(category, int) or category not in categories:
+        raise BadRecord(f"unknown category {category!r:.40}")
+    if not number(a.get("id"), 1, 2 ** 62) or a["id"] in seen:   # COCOeval takes a match with annotation 0 for none
+        bad = f"annotation id {a.get('id')!r:.40} is 0, no number or there twice"
+    seen.add(a.get("id") if not bad else 0)
+    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(number(x, -1e5, 1e5) for x in box)
+                                and min(box[2:]) >= 0):
+        bad = bad or f"box {box!r:.60}"
+    if not a.get("segmentation") and not box:
+        bad = bad or "neither a mask nor a box"
+    return Annotation(categories[category], a.get("segmentation") or None, box, crowd, bad)
+
+class Source(NamedTuple):
+    """One photograph of a data set; `load()` gives its bytes, (height, width), annotations and what panoptic PNG belongs to
+    it, as (path, {segment id: stuff class}) or None.
+    """
+    name: str
+    split: str                        # train, val, or "" where the data do not say
+    load: object
+    captions: list[str]
+
+def read_json(data: bytes, name: str) -> dict:
+    try:
+        found = json.loads(data)
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        return found
+    except (ValueError, RecursionError) as e:
+        raise BadRecord(f"{name} is no JSON object ({e.__class__.__name__})") from None
+
+def read_inside(path: Path, root: Path) -> bytes:
+    """The bytes of a file of a data set; a name in an annotation file may not lead elsewhere."""
+    try:
+        real = path.resolve()
+        if not real.is_relative_to(root):
+            raise BadRecord("leads out of the folder")
+        if not real.is_file() or real.stat().st_size > LARGEST:
+            raise BadRecord("no such file" if not real.exists() else "no plain file, or absurdly large")
+        return real.read_bytes()
+    except (ValueError, OSError) as e:
+        raise BadRecord(f"{e.__class__.__name__}: {e}") from None
+
+def listed(data: dict, key: str) -> list[dict]:
+    """The entries of a list in a COCO file; those that are no objects come as empty ones."""
+    found = data.get(key, [])
+    return [x if isinstance(x, dict) else {} for x in found] if isinstance(found, list) else []
+
+def read_coco(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
+    """Photographs, things and stuff of a COCO folder: annotations/instances_train2017.json beside train2017/ (official),
+    train/instances.json beside train/images/, or flat. Captions and panoptic files have names like that of the instances.
+    """
+    sources, names, stuff = [], [], []
+    kinds = ("instances", "boxes", "_annotations.coco")
+    find = lambda *patterns: [f for pattern in patterns for kind in kinds for f in sorted(root.glob(pattern.format(kind)))][:1]
+    files = [(split, f) for split in ("train", "val") for f in find(f"annotations/{{}}_{split}*.json", f"{split}/{{}}*.json",
+                                                                    f"{{}}_{split}*.json")]
+    files = files or [("", f) for f in find("{}*.json", "annotations/{}*.json")]
+    if not files:
+        raise UserError(f"{root} holds no instances*.json, alone or under annotations/, train/ or val/; name a folder in COCO format")
+    for split, file in files:
+        try:
+            data = read_json(file.read_bytes(), file.name)
+            beside = lambda kind: sorted(file.parent.glob(re.sub("instances|boxes|_annotations.coco", kind, file.stem) + "*.json"))
+            described = [read_json(f.read_bytes(), f.name) for f in beside("captions")]
+            panoptic = [(f, read_json(f.read_bytes(), f.name)) for f in beside("panoptic")]
+        except BadRecord as e:
+            raise UserError(f"{file.parent}: {e}; mend or remove it") from None
+        named = lambda c: " ".join(re.findall(r"\w+", str(c.get("name")).lower())[:4])
+        categories = {c["id"]: named(c) for c in listed(data, "categories") if isinstance(c.get("id"), int) and named(c)}
+        if not categories or not listed(data, "images"):
+            raise UserError(f"{file} lists no categories or no images; is it a COCO instances file?")
+        names += [name for name in dict.fromkeys(categories.values()) if name not in names]
+        categories = {i: names.index(name) for i, name in categories.items()}
+        tag = re.sub(r"^(instances|boxes|_annotations\.coco)_?", "", file.stem)
+        folders = [root / tag, root / "images" / tag, file.parent / "images", file.parent, root / "images", root]
+        first = [str(i.get("file_name")) for i in listed(data, "images")[:5]]
+        folder = next((f for f in folders if any(os.path.isfile(f / name) for name in first if "\0" not in name)), folders[3])
+        images: dict[int, tuple] = {}
+        for i in listed(data, "images"):
+            key, name, h, w = (i.get(k) for k in ("id", "file_name", "height", "width"))
+            if (not isinstance(key, int) or key in images or not isinstance(name, str)
+                    or not (number(h, 1, 1e5) and number(w, 1, 1e5) and h * w <= LARGEST and h == int(h) and w == int(w))):
+                bad.append(f"image {name!r:.80} (id {key!r:.40}): id or size is missing, absurd or there twice")
+            else:
+                images[key] = name, (int(h), int(w)), [], [], {}
+        seen: set[int] = set()
+        for a in listed(data, "annotations"):
+            try:
+                if not isinstance(a.get("image_id"), int) or a["image_id"] not in images:
+                    raise BadRecord(f"unknown image {a.get('image_id')!r:.40}")
+                images[a["image_id"]][2].append(checked(a, categories, seen))
+            except BadRecord as e:
+                bad.append(f"annotation {a.get('id')!r:.40}: {e}")
+        for texts in described:                                       # the first file that knows a picture describes it
+            new = {key for key, image in images.items() if not image[3]}
+            for c in listed(texts, "annotations"):
+                if isinstance(c.get("image_id"), int) and c["image_id"] in new and isinstance(c.get("caption"), str):
+                    images[c["image_id"]][3].append(" ".join(re.findall(r"[\w',-]+", c["caption"][:400].lower())))
+        for f, data in panoptic:
+            kind = {c.get("id"): named(c) for c in listed(data, "categories") if not c.get("isthing")}
+            stuff += [name for name in dict.fromkeys(kind.values()) if name not in stuff]
+            for p in listed(data, "annotations"):
+                if isinstance(p.get("image_id"), int) and p["image_id"] in images and isinstance(p.get("file_name"), str):
+                    segments = {s.get("id"): 1 + stuff.index(kind[s["category_id"]]) for s in listed(p, "segments_info")
+                                if isinstance(s.get("id"), int) and s.get("category_id") in kind}
+                    images[p["image_id"]][4].update(path=f.with_suffix("") / p["file_name"], within=within, segments=segments)
+
+        def load(folder, name, size, annotations, panoptic):
+            return read_inside(folder / name, within), size, annotations, panoptic
+        sources += [Source(name, split if len(files) == 2 else "", functools.partial(load, folder, name, size, found, extra), texts)
+                    for name, size, found, texts, extra in images.values()]
+    return sources, names, stuff[:200]
+
+def read_sam(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
+    """Photographs of SA-1B shards: pairs of sa_ID.jpg and sa_ID.json in a folder, in .tar files in it, or in one .tar, which
+    is read where it lies. Its masks have no classes: all are "object".
+    """
+    files: dict[str, object] = {}                                     # name → function that reads it
+
+    def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, lock: threading.Lock) -> bytes:
+        if not member.isreg() or member.size > LARGEST:
+            raise BadRecord("no plain file, or absurdly large")
+        with lock:
+            return archive.extractfile(member).read()
+    folder = root if root.is_dir() else root.parent
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if path.suffix in (".jpg", ".json"):
+            files[str(path.relative_to(folder))] = functools.partial(read_inside, path, within)
+        elif path.suffix == ".tar":
+            try:
+                archive, lock = tarfile.open(path, "r:"), threading.Lock()
+                for member in archive:
+                    if ".." in Path(member.name).parts or member.name.startswith("/"):
+                        bad.append(f"image {member.name!r:.80} in {path.name}: leads out of the archive")
+                    elif Path(member.name).suffix in (".jpg", ".json"):
+                        files[f"{path.name}/{member.name}"] = functools.partial(read_member, archive, member, lock)
+            except (tarfile.TarError, OSError, EOFError) as e:
+                raise UserError(f"cannot read {path} ({e.__class__.__name__}: {e}); fetch it again") from None
+
+    def load(picture: str):
+        about = files.get(picture[:-4] + ".json")
+        if about is None:
+            raise BadRecord("no annotations beside it")
+        data, seen = read_json(about(), "its annotation file"), set()
+        size = tuple(data["image"].get(k) for k in ("height", "width")) if isinstance(data.get("image"), dict) else ()
+        if not all(number(n, 1, 1e5) and n == int(n) for n in size) or len(size) < 2 or size[0] * size[1] > LARGEST:
+            raise BadRecord(f"annotated size {size!r:.60}")
+        found = [checked({**a, "category_id": 0}, {0: 0}, seen) for a in listed(data, "annotations")]
+        return files[picture](), size, found, {}
+    pictures = sorted(name for name in files if name.endswith(".jpg"))
+    if not pictures:
+        raise UserError(f"{root} holds no pairs of .jpg and .json; name a folder or .tar in the format of SA-1B")
+    return [Source(name, "", functools.partial(load, name), []) for name in pictures], ["object"], []
+
+VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
+       "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+
+def read_voc(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
+    """Photographs of a PASCAL VOC folder: JPEGImages/ beside SegmentationClass/ (0 background, 1-20, 255 void) and, where there,
+    SegmentationObject/; or images/ beside semantic/, also under train/ and val/. Without instances a class is one thing that is not counted.
+    """
+    def load(picture: Path, classes: Path, instances: Path):
+        maps = [np.asarray(Image.open(io.BytesIO(read_inside(f, within)))) for f in (classes, instances) if f.exists()]
+        if not maps or any(m.ndim != 2 or m.shape != maps[0].shape for m in maps):
+            raise BadRecord("its masks are missing, no index maps or of different sizes")
+        kinds, parts = maps[0], maps[-1]
+        found = []
+        for part in np.unique(parts[(kinds > 0) & (parts > 0) & (parts < 255)]):
+            kind = int(np.bincount(kinds[parts == part]).argmax())
+            if not 1 <= kind <= len(VOC):
+                raise BadRecord(f"class {kind} in a map of classes 0 to {len(VOC)} and 255")
+            found.append(Annotation(kind - 1, parts == part, None, False))
+            found += [Annotation(kind - 1, parts == part, None, True)] * (len(maps) == 1)
+        return read_inside(picture, within), kinds.shape, found, {}
+    held = {name for f in root.glob("ImageSets/Segmentation/val.txt") for name in f.read_text().split()}
+    sources = [Source(str(f.relative_to(root)), at.name or ("val" if f.stem in held else "train" if held else ""),
+                      functools.partial(load, root / at / photos / f"{f.stem}.jpg", f, root / at / "SegmentationObject" / f.name), [])
+               for at in (Path(), Path("train"), Path("val")) for photos, masks in (("JPEGImages", "SegmentationClass"), ("images", "semantic"))
+               for f in sorted((root / at / masks).glob("*.png"))]
+    if not sources:
+        raise UserError(f"{root} holds no SegmentationClass/*.png beside JPEGImages/, nor semantic/ beside images/; name a VOC folder")
+    return sources, VOC, []
+
+# --- the cache: every photograph decoded and resized once
+
+class Photographs:
+    """A data set as memory-mapped arrays: images (n, P, P, 3), maps (n, 3, P, P) uint8 of instances (0, or 1 + the number
+    of the object), categories and stuff (0, or 1 + its index), objects (m, 6): category, x, y, radius, may it be asked about,
+    is it in the instance map. `first[i]` is the first object of photograph i.
+    """
+    def __init__(self, folder: Path):
+        self.images, self.maps, self.objects, self.first, self.split, self.fit = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "maps", "objects", "first", "split", "fit"))
+        about = json.loads((folder / "about.json").read_text())
+        self.names, self.stuff, self.captions = about["names"], about["stuff"], about["captions"]
+        self.records, self.bad, self.folder = about["records"], about["bad"], folder
+
+    def pool(self, split: str, use: str) -> np.ndarray:
+        """Numbers of the photographs that fit a use: "look", "questions", "captions" or "masks"."""
+        found = np.flatnonzero(self.fit[:, USES.index(use)] & (self.split == (split in ("val", "grid"))))
+        if not len(found):
+            raise UserError(f"no {'validation' if split in ('val', 'grid') else 'training'} photograph has what {use} need; "
+                            "give more, or other, annotated data")
+        return found
+
+    def complain(self, tolerate: float) -> str:
+        """What was skipped, in one line; an error where that is more than `tolerate` percent of the records of a kind."""
+        kinds = {kind: [line for line in self.bad if line.startswith(kind)] for kind in self.records}
+        shares = {kind: 100 * len(lines) / max(1, self.records[kind]) for kind, lines in kinds.items()}
+        said = ", ".join(f"{len(lines)} of {self.records[kind]} {kind}s" for kind, lines in kinds.items() if lines)
+        worst = max(shares, key=shares.get)
+        if shares[worst] > tolerate:
+            raise UserError(f"{said} cannot be used, more than {tolerate:g} %: {'; '.join(kinds[worst][:3])}; all are in "
+                            f"{self.folder / 'bad_records.txt'}; mend them, or go on without them with --tolerate "
+                            f"{math.ceil(shares[worst])}")
+        return f"skipped {said}; named in bad_records.txt" if said else ""
+
+USES = ["look", "questions", "captions", "masks"]
+
+def digest(source: Source, P: int, most: int, bad: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[bool]] | None:
+    """Decode one photograph and its annotations: image (P, P, 3), maps (3, P, P), objects (k, 6), and for each use whether
+    it is fit for that. None if it cannot be used at all.
+    """
+    try:
+        try:
+            data, (h, w), annotations, panoptic = source.load()
+            picture = upright(io.BytesIO(data), (w, h))
+        except BadRecord:
+            raise
+        except Exception as e:                     # Pillow raises a dozen kinds of errors for damaged files
+            raise BadRecord(f"{e.__class__.__name__}: {e}") from None
+        if picture.size != (w, h):
+            raise BadRecord(f"has {picture.size[0]} × {picture.size[1]} pixels, annotated as {w} × {h}")
+    except BadRecord as e:
+        bad.append(f"image {source.name!r:.80}: {e}")
+        return None
+    maps, objects, whole = np.zeros((3, P, P), np.uint8), [], True
+    for nth, a in enumerate(annotations, 1):
+        mask, x, y, area, visible = None, 0.0, 0.0, 0.0, not (a.bad or a.crowd)
+        try:
+            if a.bad:
+                raise BadRecord(a.bad)
+            if a.segmentation is None:                                # a box only: something to ask about, nothing to cut out
+                x, y, area = a.box[0] + a.box[2] / 2, a.box[1] + a.box[3] / 2, a.box[2] * a.box[3]
+                x, y, area, whole = x * P / w, y * P / h, area * P * P / (h * w), False
+            else:
+                mask = squeeze(Image.fromarray(decode_mask(a.segmentation, h, w).astype(np.uint8) * 255), P) > 127
+                rows, columns, area = *(np.flatnonzero(mask.any(i)) for i in (1, 0)), float(mask.sum())
+                if area:
+                    x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+        except BadRecord as e:                     # what it names is there all the same: nobody may say that it is not
+            bad.append(f"annotation {nth} of {source.name!r:.80}: {e}")
+            visible, whole = False, False
+        visible = visible and area >= P * P / 256 and 0 <= x <= P >= y >= 0                       # below are specks
+        objects.append(((a.category, x, y, math.sqrt(area / math.pi), visible, visible and mask is not None), area, mask, a.crowd))
+    objects.sort(key=lambda o: (not o[0][5], -o[1]))                  # masks first, large ones first: small ones on top
+    for crowd in (True, False):
+        for (about, _, mask, is_crowd) in objects:
+            if mask is not None and is_crowd == crowd:
+                maps[1][mask] = 1 + about[0]
+    table = np.array([about for about, *_ in objects], np.float32).reshape(-1, 6)
+    table[most:, 5] = 0
+    for i, (_, _, mask, _) in enumerate(objects[:most]):
+        if table[i, 5]:
+            maps[0][mask] = i + 1
+    if panoptic:
+        try:
+            with Image.open(io.BytesIO(read_inside(panoptic["path"], panoptic["within"]))) as png:
+                if png.size != (w, h):
+                    raise ValueError(f"{png.size[0]} × {png.size[1]} pixels")
+                ids = np.asarray(png.convert("RGB"), np.int64) @ (1, 256, 65536)                  # (h, w)
+            stuff = sum(np.uint8(number) * (ids == segment) for segment, number in panoptic["segments"].items()) + np.zeros((h, w), np.uint8)
+            maps[2] = np.asarray(Image.fromarray(stuff).resize((P, P), Image.Resampling.NEAREST))
+        except Exception as e:                     # a damaged picture again
+            bad.append(f"panoptic {source.name!r:.80}: {e.__class__.__name__}: {e}")
+    asked = bool(table[:, 4].any())
+    return squeeze(picture, P), maps, table, [True, asked, asked or bool(source.captions), whole and bool(table[:, 5].any())]
+
+def build_cache(target: Path, found: tuple, P: int, most: int, bad: list[str]) -> None:
+    """Write the arrays of a data set to a new folder and rename that: half a cache is never seen, the first of two wins."""
+    sources, names, stuff = found
+    temporary = target.with_name(f"{target.name}.{os.getpid()}")
+    records = Counter(line.split()[0] for line in bad) + Counter(image=len(sources), panoptic=len(sources))
+    try:
+        temporary.mkdir(parents=True)
+        create = lambda name, *shape: np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.uint8, (len(sources), *shape))
+        images, maps, tables, fit, kept = create("images", P, P, 3), create("maps", 3, P, P), [], [], []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            read = pool.map(lambda source: digest(source, P, most, bad), sources)
+            for source, result in zip(sources, tqdm(read, "reading pictures", len(sources), mininterval=1.0, dynamic_ncols=True)):
+                if result:
+                    images[len(kept)], maps[len(kept)], table, uses = result
+                    tables.append(table), fit.append(uses), kept.append(source)
+        if not kept:
+            raise UserError(f"none of the {len(sources)} pictures can be used: {'; '.join(bad[:3])}")
+        held_out = [s.split == "val" if s.split else hashlib.sha256(s.name.encode()).digest()[0] < 26 for s in kept]    # 10 %
+        held_out[-1] |= not any(held_out)
+        arrays = {"objects": np.concatenate(tables), "first": np.cumsum([0, *map(len, tables)]), "split": held_out, "fit": fit}
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        about = {"names": names, "stuff": stuff, "captions": [s.captions for s in kept], "bad": bad,
+                 "records": records + Counter(annotation=sum(map(len, tables)))}
+        (temporary / "about.json").write_text(json.dumps(about))
+        (temporary / "bad_records.txt").write_text("".join(f"{line!r}\n" for line in bad))
+        with contextlib.suppress(OSError):         # somebody else was faster
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+@functools.lru_cache(4)
+def photographs(data: str, P: int, most: int) -> Photographs:
+    """The data set coco:DIR, voc:DIR, sam:PATH or hf:USER/NAME with pictures of P pixels a side and up to `most` instances.
+
+    The cache lies in $SGT_CACHE or ~/.cache/sgt, under a key of all names, sizes and times of the files and of these settings.
+    """
+    scheme, _, where = data.partition(":")
+    root = (pull(where, "dataset") if scheme == "hf" else Path(where).expanduser()).resolve()
+    if not root.exists():
+        raise UserError(f"there is no {root}; name data that is there, for example --data coco:path/to/coco")
+    files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
+    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((FORMAT, scheme, P, most, listing)).encode()).hexdigest()[:24]
+    target = Path(os.environ.get("SGT_CACHE") or Path.home() / ".cache" / "sgt") / key
+    if not (target / "about.json").exists():
+        within, bad = root.parents[1] if scheme == "hf" else root if root.is_dir() else root.parent, []
+        if scheme == "hf":                         # whichever of the two layouts it has
+            scheme = "sam" if any(f.suffix == ".tar" or f.match("sa_*.json") for f in files) else "coco"
+        found = {"coco": read_coco, "voc": read_voc, "sam": read_sam}[scheme](root, within, bad)
+        build_cache(target, found, P, most, bad)
+    return Photographs(target)
+
+FORMAT = 1                            # of the cache; raise it when its meaning changes
+
+@dataclass
+class Photos:
+    """A batch of photographs with what `Scenes` has that makes sense for them; things on top come last, masks first."""
+    count: np.ndarray                 # (B,) things annotated
+    painted: np.ndarray               # (B, M) whether a thing is in the instance map
+    asked: np.ndarray                 # (B, M) whether it may be asked about: no crowd, no speck
+    shape: np.ndarray                 # (B, M) category
+    color: np.ndarray                 # (B, M) zeros: no color is known
+    size: np.ndarray                  # (B, M) 0 small, 1 large
+    x: np.ndarray                     # (B, M) pixels, centre of the box
+    y: np.ndarray                     # (B, M)
+    radius: np.ndarray                # (B, M) pixels, of a disc of the same area
+    seeds: np.ndarray                 # (B, 8) uniforms for everything later
+    which: np.ndarray                 # (B,) number in the data set
+    flip: np.ndarray                  # (B,) whether left and right are swapped
+    data: Photographs
+    names, colors = property(lambda self: self.data.names), ("",)
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+def sample_photos(cfg: Config, split: str, index: np.ndarray, use: str) -> Photos:
+    """Photographs number `index` of a split, of those that fit a use: drawn at random and mirrored at random in training,
+    one after the other in validation.
+    """
+    data, training = photographs(cfg.data, cfg.image_size, cfg.max_objects), split not in ("val", "grid")
+    pool, u = data.pool(split, use), uniforms(cfg.seed, split, index, 16)
+    which = pool[(u[:, 0] * len(pool)).astype(np.int64) if training else np.asarray(index) % len(pool)]
+    flip = (u[:, 1] < 0.5) & (training and use != "captions")         # captions know left from right
+    count = data.first[which + 1] - data.first[which]
+    table = np.zeros((len(which), max(1, count.max()), 6), np.float32)                            # (B, M, 6)
+    for b, i in enumerate(which):
+        table[b, :count[b]] = data.objects[data.first[i]:data.first[i + 1]]
+    category, x, y, radius, asked, painted = table.transpose(2, 0, 1)
+    return Photos(count, painted > 0, asked > 0, category.astype(np.int64), np.zeros(category.shape, np.int64),
+                  (radius > 0.14 * cfg.image_size).astype(np.int64), np.where(flip[:, None], cfg.image_size - x, x), y, radius, u[:, 8:], which, flip, data)
+
+def show_photos(photos: Photos) -> Rendered:
+    image, maps = photos.data.images[photos.which], photos.data.maps[photos.which]               # (B, P, P, 3), (B, 3, P, P)
+    image[photos.flip], maps[photos.flip] = image[photos.flip, :, ::-1], maps[photos.flip][..., ::-1]
+    instance, category, stuff = torch.from_numpy(maps).long().unbind(1)
+    return Rendered(torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255, instance, category, torch.zeros(instance.shape), stuff)
+
+def sample(cfg: Config, split: str, index: np.ndarray, use: str = "questions") -> Scenes | Photos:
+    """Pictures number `index` of a split, fit for a use (see USES): scenes to be described have all objects apart, because
+    captions say nothing of what hides what.
+    """
+    if cfg.data != "scenes":
+        return sample_photos(cfg, split, index, use)
+    return sample_scenes(cfg, split, index, 0.0 if use == "captions" else 0.5)
 
 # ==== 3. Language: words, captions, questions ===============================================================
 
@@ -375,8 +873,9 @@ class Text:
     """Words of the training text plus UTF-8 bytes: short sequences, no unknown words, lossless for any input."""
     PAD, BOS, END = 0, 1, 2
 
-    def __init__(self) -> None:
-        self.pieces = [b""] * 3 + [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in LEXICON.split()]
+    def __init__(self, words: str = "") -> None:
+        known = dict.fromkeys((LEXICON + " " + words).split())        # in this order, each once
+        self.pieces = [b""] * 3 + [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in known]
         self.ids = {piece: i for i, piece in enumerate(self.pieces) if piece}
 
     def __len__(self) -> int:
@@ -397,25 +896,40 @@ class Text:
         text = b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
         return text[1:] if text.startswith(" ") else text
 
-TEXT = Text()
+text_of = functools.cache(Text)       # the words of a run's data, beside the built-in ones → its Text
+TEXT = text_of("")
 Thing = namedtuple("Thing", "shape color size x y radius index")  # words and pixels of one object, for the language
 
 def word_rng(scenes: Scenes, b: int) -> random.Random:
     return random.Random(int(scenes.seeds[b, 0] * 2 ** 53))
 
-def things(scenes: Scenes, b: int) -> list[Thing]:
-    return [Thing(SHAPE_NAMES[scenes.shape[b, m]], COLOR_NAMES[scenes.color[b, m]], ("small", "big")[scenes.size[b, m]],
-                  float(scenes.x[b, m]), float(scenes.y[b, m]), float(scenes.radius[b, m]), m)
+def things(scenes: Scenes | Photos, b: int) -> list[Thing]:
+    """What is in a picture. A thing with index -1 is there, but too small, crowded or ill annotated to be asked about."""
+    asked = scenes.asked[b]
+    return [Thing(scenes.names[scenes.shape[b, m]], scenes.colors[scenes.color[b, m]], ("small", "big")[scenes.size[b, m]],
+                  float(scenes.x[b, m]), float(scenes.y[b, m]), float(scenes.radius[b, m]), m if asked[m] else -1)
             for m in range(int(scenes.count[b]))]
 
+def noun(o: Thing) -> str:
+    return f"{o.color} {o.shape}".strip()
+
+PLURALS = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
+
 def plural(shape: str) -> str:
-    return shape + ("es" if shape.endswith("s") else "s")
+    first, last = shape.rpartition(" ")[:2], shape.rpartition(" ")[2]
+    return "".join(first) + PLURALS.get(last, last + ("es" if re.search("(s|x|ch|sh)$", last) else "s"))
 
 def named(objects: list[Thing]) -> list[tuple[Thing, str]]:
     """Objects that can be told apart in words, with the shortest name that does: 'ring', or 'red ring' among rings."""
     shapes, both = [o.shape for o in objects], [(o.color, o.shape) for o in objects]
-    return [(o, o.shape if shapes.count(o.shape) == 1 else f"{o.color} {o.shape}")
-            for o in objects if both.count((o.color, o.shape)) == 1]
+    found = [(o, o.shape if shapes.count(o.shape) == 1 else noun(o))
+             for o in objects if both.count((o.color, o.shape)) == 1 and o.index >= 0]
+    return found + [(o, "biggest object") for o in biggest(objects)]
+
+def biggest(objects: list[Thing]) -> list[Thing]:
+    """The thing on a photograph that is clearly larger than all others, if there is one; scenes have two sizes only."""
+    order = sorted((o for o in objects if o.index >= 0 and not o.color), key=lambda o: -o.radius)
+    return order[:1] if order and (len(order) == 1 or order[0].radius > 1.4 * order[1].radius) else []
 
 def where(o: Thing, P: int) -> str:
     return (f"{('top', 'middle', 'bottom')[min(2, int(o.y * 3 / P))]} "
@@ -435,39 +949,47 @@ def overlap(a: Thing, b: Thing) -> bool:
 
 def captions(objects: list[Thing], rng: random.Random | None = None) -> dict[str, str]:
     """Every caption that fits a scene, by kind; two objects are named in random order, or as listed without rng."""
+    objects = [o for o in objects if o.index >= 0]
     found, n = {}, len(objects)
-    shapes = {o.shape for o in objects}
+    shapes, colored = {o.shape for o in objects}, any(o.color for o in objects)
     if n == 1:
         found["single"] = f"a {objects[0].shape}"
-        found["colors"] = f"a {objects[0].color} {objects[0].shape}"
-    if n >= 2 and len(shapes) == 1:
+        if colored:
+            found["colors"] = f"a {noun(objects[0])}"
+    if 2 <= n <= 10 and len(shapes) == 1:
         found["counting"] = f"{NUMBERS[n]} {plural(objects[0].shape)}"
-        if len({o.color for o in objects}) == 1:
+        if colored and len({o.color for o in objects}) == 1:
             found["counting_color"] = f"{NUMBERS[n]} {objects[0].color} {plural(objects[0].shape)}"
     if n == 2 and len(shapes) == 2:
         a, b = rng.sample(objects, 2) if rng else objects
         found["two"] = f"a {a.shape} and a {b.shape}"
-        found["attribution"] = f"a {a.color} {a.shape} and a {b.color} {b.shape}"
+        if colored:
+            found["attribution"] = f"a {noun(a)} and a {noun(b)}"
         if relation(a, b):
             found["position"] = f"a {a.shape} {relation(a, b)} a {b.shape}"
-            found["position_color"] = f"a {a.color} {a.shape} {relation(a, b)} a {b.color} {b.shape}"
+            if colored:
+                found["position_color"] = f"a {noun(a)} {relation(a, b)} a {noun(b)}"
     if n >= 3 or not found:
         groups: dict[tuple, int] = {}
         for o in objects:
             groups[o.color, o.shape] = groups.get((o.color, o.shape), 0) + 1
-        found["long"] = ", ".join(f"a {c} {s}" if k == 1 else f"{NUMBERS[k]} {c} {plural(s)}"
-                                  for (c, s), k in groups.items())
+        amount = lambda k: NUMBERS[k] if k <= 10 else "many"
+        found["long"] = ", ".join(f"a {c} {s}".replace("  ", " ") if k == 1 else f"{amount(k)} {c} {plural(s)}".replace("  ", " ")
+                                  for (c, s), k in list(groups.items())[:4])
     return found
 
 def describe(objects: list[Thing], rng: random.Random, P: int) -> str:
     """Everything there is to say about a scene, in random order: every word depends on the name before it, which makes
-    this the densest lesson in looking things up. Objects are listed back to front: of two that overlap one is hidden.
+    this the densest lesson in looking things up. Objects of a scene are listed back to front: of two that overlap one is
+    hidden; photographs do not say which. Of many things the five largest are told.
     """
     def line(o: Thing) -> str:
-        name, others = " ".join(rng.sample([o.color, o.shape], 2)), [p for p in objects if p is not o and overlap(o, p)]
+        name = " ".join(rng.sample([o.color, o.shape], 2)).strip()
+        others = [p for p in objects if p is not o and overlap(o, p)] if o.color else []
         order = [] if not others else ["front" if o.index > others[0].index else "hidden"]
         return " ".join([name, *rng.sample([where(o, P), o.size, *order], 2 + len(order))])
-    return ", ".join(map(line, rng.sample(objects, len(objects)))) + "."
+    told = [o for o in objects if o.index >= 0][:5]
+    return ", ".join(map(line, rng.sample(told, len(told)))) + "."
 
 # --- questions: (objects, rng, cfg) → (question, answer), or None where the scene does not allow one ------------------
 
@@ -478,30 +1000,34 @@ def balanced(options: list[tuple[str, str]], rng: random.Random) -> tuple[str, s
     answer = rng.choice(sorted({a for _, a in options}))
     return rng.choice([option for option in options if option[1] == answer])
 
-def category(objects: list[Thing], rng: random.Random, cfg: Config) -> tuple[str, int]:
-    """A set of objects in words, with its size: 'circles', 'red objects'; a third of the time perhaps an empty one."""
-    pool = objects if rng.random() < 0.67 else [Thing(SHAPE_NAMES[int(rng.random() * cfg.shapes)],
-                                                      COLOR_NAMES[int(rng.random() * cfg.colors)], *[None] * 5)]
-    o = pool[int(rng.random() * len(pool))]
-    if rng.random() < 0.5:
-        return plural(o.shape), sum(p.shape == o.shape for p in objects)
-    return f"{o.color} objects", sum(p.color == o.color for p in objects)
+def categories(objects: list[Thing], rng: random.Random, cfg: Config, n: int) -> list[tuple[str, int]]:
+    """Up to n sets of objects in words, with their sizes: 'circles', 'red objects'; a third of them perhaps empty."""
+    def one() -> tuple[str, list[Thing]]:
+        pool = objects if rng.random() < 0.67 else [Thing(cfg.shape_names[int(rng.random() * len(cfg.shape_names))],
+                                                          cfg.color_names[int(rng.random() * len(cfg.color_names))], *[None] * 5)]
+        o = pool[int(rng.random() * len(pool))]
+        if rng.random() < 0.5 or not o.color:
+            return plural(o.shape), [p for p in objects if p.shape == o.shape]
+        return f"{o.color} objects", [p for p in objects if p.color == o.color]
+    found = [one() for _ in range(n)]
+    return [(name, len(each)) for name, each in found if len(each) <= 10 and all(o.index >= 0 for o in each)]
 
 def ask_existence(objects, rng, cfg):
     present = {(o.color, o.shape) for o in objects}
     if rng.random() < 0.5:
-        color, shape = rng.choice(sorted(present))
-        return f"is there a {color} {shape}?", "yes"
+        color, shape = rng.choice(sorted({(o.color, o.shape) for o in objects if o.index >= 0}))
+        return f"is there a {color} {shape}?".replace("  ", " "), "yes"
     # hard negatives: mostly a color and a shape that are both there, but not together; else one that is there
     absent = {(o.color, p.shape) for o in objects for p in objects} - present
     if not absent or rng.random() < 0.3:
         o = rng.choice(objects)
-        absent = {(o.color, s) for s in SHAPE_NAMES[:cfg.shapes]} | {(c, o.shape) for c in COLOR_NAMES[:cfg.colors]}
-    color, shape = rng.choice(sorted(absent - present))
-    return f"is there a {color} {shape}?", "no"
+        absent = {(o.color, s) for s in cfg.shape_names} | {(c, o.shape) for c in cfg.color_names}
+    if absent - present:
+        color, shape = rng.choice(sorted(absent - present))
+        return f"is there a {color} {shape}?".replace("  ", " "), "no"
 
 def ask_counting(objects, rng, cfg):
-    sets = [category(objects, rng, cfg) for _ in range(4)] + [("objects", len(objects))]
+    sets = categories(objects, rng, cfg, 4) + [("objects", len(objects))] * (cfg.data == "scenes")
     return balanced([(f"how many {name}?", NUMBERS[n]) for name, n in sets], rng)
 
 def ask_color(objects, rng, cfg):
@@ -513,6 +1039,12 @@ def ask_shape(objects, rng, cfg):
     colors = [o.color for o in objects]
     options = [(f"what shape is the {o.color} object?", o.shape) for o in objects if colors.count(o.color) == 1]
     return rng.choice(options) if options else None
+
+def ask_category(objects, rng, cfg):
+    """What photographs have for shapes."""
+    places = [where(o, cfg.image_size) for o in objects]
+    options = [(f"what object is {place}?", o.shape) for o, place in zip(objects, places) if places.count(place) == 1 and o.index >= 0]
+    return balanced(options + [("what is the biggest object?", o.shape) for o in biggest(objects)], rng)
 
 def pairs(objects: list[Thing], rng: random.Random):
     """Two different objects that can be told apart in words, and these words, in random order."""
@@ -530,8 +1062,8 @@ def ask_location(objects, rng, cfg):
 
 def ask_size(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
-        if a.size != b.size:
-            return f"is the {name_a} bigger or smaller than the {name_b}?", "bigger" if a.size == "big" else "smaller"
+        if max(a.radius, b.radius) > 1.4 * min(a.radius, b.radius) and "biggest object" not in (name_a, name_b):
+            return f"is the {name_a} bigger or smaller than the {name_b}?", "bigger" if a.radius > b.radius else "smaller"
 
 def ask_occlusion(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
@@ -539,15 +1071,15 @@ def ask_occlusion(objects, rng, cfg):
             return f"is the {name_a} in front of the {name_b}?", "yes" if a.index > b.index else "no"
 
 def ask_compare(objects, rng, cfg):
-    sets = [category(objects, rng, cfg) for _ in range(5)]
+    sets = categories(objects, rng, cfg, 5)
     return balanced([(f"are there more {a} than {b}?", "yes" if n > m else "no")
                      for a, n in sets for b, m in sets if a != b], rng)
 
 def ask_arithmetic(objects, rng, cfg):
-    sets = [category(objects, rng, cfg) for _ in range(3)]
-    options = [(f"how many {a} plus {NUMBERS[k]}?", NUMBERS[n + k]) for a, n in sets for k in (1, 2, 3)]
-    options += [(f"how many {a} plus {b}?", NUMBERS[n + m]) for a, n in sets for b, m in sets if a != b]
-    return balanced(options, rng)
+    sets = categories(objects, rng, cfg, 3)
+    options = [(f"how many {a} plus {NUMBERS[k]}?", n + k) for a, n in sets for k in (1, 2, 3)]
+    options += [(f"how many {a} plus {b}?", n + m) for a, n in sets for b, m in sets if a != b]
+    return balanced([(question, NUMBERS[n]) for question, n in options if n <= 10], rng)
 
 QUESTIONS = {   # kind → (level, function). The paper: perception improves, reasoning does not.
     "existence": ("perception", ask_existence), "counting": ("perception", ask_counting),
@@ -555,7 +1087,27 @@ QUESTIONS = {   # kind → (level, function). The paper: perception improves, re
     "relation": ("perception", ask_relation), "location": ("perception", ask_location),
     "size": ("perception", ask_size), "occlusion": ("perception", ask_occlusion),
     "compare": ("reasoning", ask_compare), "arithmetic": ("reasoning", ask_arithmetic),
+    "category": ("perception", ask_category),
 }
+NOT_FOR = {"scenes": {"category"}, "photographs": {"color", "shape", "occlusion"},  # depth and color are not annotated
+           "one class": {"color", "shape", "occlusion", "existence", "category", "relation", "size", "compare"}}
+
+def kinds_of(cfg: Config) -> list[str]:
+    """The kinds of questions that the data of a run can answer."""
+    world = "scenes" if cfg.data == "scenes" else "photographs" if len(cfg.shape_names) > 1 else "one class"
+    return [kind for kind in QUESTIONS if kind not in NOT_FOR[world]]
+
+def caption(scenes: Scenes | Photos, b: int, rng: random.Random, cfg: Config) -> str:
+    """A caption of a picture: of photographs a human one where there is one that is not too long."""
+    human = [] if isinstance(scenes, Scenes) else [text for text in scenes.data.captions[scenes.which[b]]
+                                                   if 0 < len(cfg.text.encode(text)) < cfg.prompt_len]
+    return rng.choice(human or list(captions(things(scenes, b), rng).values()))
+
+def find_words(data: Photographs, most: int = 600) -> str:
+    """The vocabulary of a data set: the words of its names and the commonest ones of its training captions."""
+    counts = Counter(word for i in np.flatnonzero(data.split == 0) for text in data.captions[i] for word in text.split())
+    named = " ".join([*data.names, *map(plural, data.names), "biggest", "nothing", "many"]).split()
+    return " ".join(dict.fromkeys(named + [word for word, n in counts.most_common(most) if n > 1 and re.fullmatch(r"\w+", word)]))
 
 def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int) -> tuple[list[int], list[bool]]:
     """Questions and answers about one scene in random order until the budget is full, a description last.
@@ -564,9 +1116,9 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     """
     turns, asked = [], set()
     last = ("list the objects.", describe(objects, rng, cfg.image_size))
-    tokens = lambda question, answer: (TEXT.encode(question), TEXT.encode(answer) + [Text.END])
+    tokens = lambda question, answer: (cfg.text.encode(question), cfg.text.encode(answer) + [Text.END])
     budget -= sum(map(len, tokens(*last)))
-    kinds = list(QUESTIONS) * 2
+    kinds = kinds_of(cfg) * 2
     rng.shuffle(kinds)
     for kind in kinds:
         if budget < 6:                            # shorter is no question with its answer
@@ -587,7 +1139,11 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
 # to guess (SegGPT lost 9-10 points with random colors).
 PALETTE = torch.tensor([(0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), (250, 225, 25), (235, 60, 230),
                         (50, 225, 235), (250, 140, 20), (250, 250, 250), (130, 20, 190), (120, 75, 30), (10, 110, 100),
-                        (128, 128, 128)]) / 255
+                        (128, 128, 128)]
+                       # and more for classes of photographs: five levels of each channel, neighbours far apart
+                       + [(60 * (i % 5), 60 * (i // 5 % 5), 60 * (i // 25)) for i in (37 * j % 125 for j in range(1, 125))]
+                       + [(30 + 60 * (i % 4), 30 + 60 * (i // 4 % 4), 30 + 60 * (i // 16)) for i in (11 * j % 64 for j in range(64))]
+                       ) / 255
 
 def paint(ids: Tensor, lut: Tensor) -> Tensor:
     """Color an index map: ids (B, P, P), lut (B, n, 3) of colors for each sample → (B, 3, P, P)."""
@@ -597,9 +1153,8 @@ def paint(ids: Tensor, lut: Tensor) -> Tensor:
 
 def instance_rank(cfg: Config, scenes: Scenes) -> np.ndarray:
     """1, 2, … for the objects of a scene from top to bottom (in quarters) and left to right; (B, M)."""
-    exists = np.arange(scenes.shape.shape[1]) < scenes.count[:, None]
-    key = np.floor(scenes.y * 4 / cfg.image_size) * cfg.image_size + scenes.x + np.where(exists, 0, 1e6)
-    return key.argsort(1).argsort(1) + 1
+    key = np.floor(scenes.y * 4 / cfg.image_size) * cfg.image_size + scenes.x + np.where(scenes.painted, 0, 1e6)
+    return np.where(scenes.painted, key.argsort(1).argsort(1) + 1, 0)
 
 def instance(cfg, scenes, r):
     return paint(r.instance, PALETTE[per_object(instance_rank(cfg, scenes))])
@@ -612,16 +1167,17 @@ def panoptic(cfg, scenes, r):
     shade = per_object(1.15 - 0.2 * instance_rank(cfg, scenes).clip(max=5)).float()
     colors = PALETTE[per_object(scenes.shape + 1)] * shade[..., None]
     colors[:, 0] = 0.5
-    return paint(r.instance, colors.clamp(0, 1))
+    stuff = paint(r.stuff, 0.6 * PALETTE.flip(0).expand(len(scenes), -1, -1))       # darker, and counted from the other end
+    return torch.where(((r.instance == 0) & (r.stuff > 0))[:, None], stuff, paint(r.instance, colors.clamp(0, 1)))
 
-def referent(scenes: Scenes, b: int) -> Thing:
-    objects = things(scenes, b)
+def referent(scenes: Scenes | Photos, b: int) -> Thing:
+    objects = [o for o, painted in zip(things(scenes, b), scenes.painted[b]) if painted]
     return objects[int(scenes.seeds[b, 1] * len(objects))]
 
 def referring(cfg, scenes, r):
     chosen = [referent(scenes, b) for b in range(len(scenes))]
-    match = ((scenes.shape == np.array([[SHAPE_NAMES.index(o.shape)] for o in chosen]))
-             & (scenes.color == np.array([[COLOR_NAMES.index(o.color)] for o in chosen])))
+    match = ((scenes.shape == np.array([[scenes.names.index(o.shape)] for o in chosen])) & scenes.painted
+             & (scenes.color == np.array([[scenes.colors.index(o.color)] for o in chosen])))
     return paint(r.instance, PALETTE[8 * per_object(match.astype(np.int64))])        # 8: white
 
 def boxes(cfg, scenes, r):
@@ -703,6 +1259,11 @@ PROXIES = {
     "derain": Proxy("low", ("remove rain from the image.", "clean streaks of the picture."), original, rain),
 }
 
+SCENE_ONLY = {"depth", "novel_view"}      # photographs do not tell
+
+def proxies_of(cfg: Config) -> list[str]:
+    return [name for name in PROXIES if cfg.data == "scenes" or name not in SCENE_ONLY]
+
 def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Tensor, list[str], Tensor]:
     """What the model sees (B, 3, P, P), the prompts, and what it must draw (B, 3, P, P), for one proxy."""
     proxy = PROXIES[name]
@@ -711,7 +1272,7 @@ def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Te
     prompts = []
     for b in range(len(scenes)):
         prompt = proxy.prompts[int(scenes.seeds[b, 3] * len(proxy.prompts))]
-        prompts.append(prompt.format(**referent(scenes, b)._asdict()) if "{" in prompt else prompt)
+        prompts.append(prompt.format(**referent(scenes, b)._asdict()).replace("  ", " ") if "{" in prompt else prompt)
     return source, prompts, proxy.target(cfg, scenes, r)
 
 # ==== 5. Vision tokenizer: image ↔ grid of ids ==============================================================
@@ -870,12 +1431,12 @@ class UnifiedModel(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg, D = cfg, cfg.width
-        self.mask_id = len(TEXT) + cfg.codebook
+        self.mask_id = len(cfg.text) + cfg.codebook
         self.embed = nn.Parameter(torch.randn(self.mask_id + 1, D))
         self.place = nn.Parameter(0.5 * torch.randn(cfg.text_slot + cfg.row_len, D))
         self.see = Stem(cfg.see_patch, 2, 2 * D, D)                     # image (B, 3, P, P) → features (B, U, D)
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
-        self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))  # zero: the first loss is exactly ln V, ln K
+        self.text_head = nn.Parameter(torch.zeros(len(cfg.text), D))  # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
 
     def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None) -> Tensor:
@@ -971,24 +1532,27 @@ def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: st
     """
     N, S, U = cfg.tokens, cfg.row_len, cfg.patches
     index = step * 4096 + np.r_[0:vqa + t2i, 2048:2048 + draws]       # replay first, the proxy's scenes from 2048 on
-    rows, scenes = Rows(cfg, len(index), S), sample_scenes(cfg, split, index[:vqa])
-    # captions say nothing of what hides what, so their pictures have all objects apart
-    captioned = sample_scenes(cfg, split, index[vqa:vqa + t2i], overlap=0.0)
-    images, targets = [render(cfg, scenes).image], [render(cfg, captioned).image]
+    rows, images, targets = Rows(cfg, len(index), S), [], []
+    if vqa:
+        scenes = sample(cfg, split, index[:vqa])
+        images.append(render(cfg, scenes).image)
+    if t2i:
+        captioned = sample(cfg, split, index[vqa:vqa + t2i], "captions")
+        targets.append(render(cfg, captioned).image)
     for i in range(vqa):
         rows.add(i, 0, *dialogue(cfg, things(scenes, i), word_rng(scenes, i), S - U), patches=True)
     for i in range(t2i):
         rng = word_rng(captioned, i)
-        prompt = rng.choice(list(captions(things(captioned, i), rng).values()))
-        text = [Text.BOS] + (TEXT.encode(prompt) if rng.random() >= cfg.condition_drop else [])
+        prompt = caption(captioned, i, rng, cfg)
+        text = [Text.BOS] + (cfg.text.encode(prompt) if rng.random() >= cfg.condition_drop else [])
         rows.add(vqa + i, 0, text, codes=True)
     if draws:
         few = 2 ** 40 + (step * draws + np.arange(draws)) % max(1, cfg.arm_scenes)                # the same ones again and again
-        rest = sample_scenes(cfg, split, few if cfg.arm_scenes else index[vqa + t2i:])
+        rest = sample(cfg, split, few if cfg.arm_scenes else index[vqa + t2i:], "masks")
         seen, prompts, wanted = proxy_batch(cfg, proxy, rest, render(cfg, rest))
         images, targets = images + [seen], targets + [wanted]
         for i, prompt in enumerate(prompts):
-            rows.add(vqa + t2i + i, 0, TEXT.encode(prompt), patches=True, codes=True)
+            rows.add(vqa + t2i + i, 0, cfg.text.encode(prompt), patches=True, codes=True)
     # which tokens are masked: a share cos(π/2 · u) of each image, at least one (MaskGIT's cosine schedule)
     u = uniforms(cfg.seed + 1, split, index[vqa:], 1 + N)
     count = np.maximum(1, np.ceil(np.cos(np.pi / 2 * u[:, :1]) * N))
@@ -1004,7 +1568,7 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
 
     Each is averaged over its own tokens (the paper's rule), so that adding a proxy does not thin out the replay.
     """
-    V, dtype = len(TEXT), compute_dtype(batch.ids.device)
+    V, dtype = len(model.cfg.text), compute_dtype(batch.ids.device)
     codes = tokenizer.encode(batch.targets)                                                       # (m, N)
     shown = torch.where(batch.is_masked, model.mask_id, V + codes)
     ids = batch.ids.flatten().index_copy(0, batch.code_at, shown.flatten()).view_as(batch.ids)
@@ -1051,7 +1615,7 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     empty prompt: u + guidance · (c − u). `temperature` is the randomness in the order of unmasking, annealed to zero; 0
     also takes the likeliest tokens. `on_step(ids, is_masked)` is called before every step and at the end.
     """
-    cfg, device, V = model.cfg, model.embed.device, len(TEXT)
+    cfg, device, V = model.cfg, model.embed.device, len(model.cfg.text)
     B, N = len(texts), cfg.tokens
     steps = steps or cfg.sample_steps
     temperature = cfg.temperature if temperature is None else temperature
@@ -1098,7 +1662,7 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
 def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int = 24) -> list[str]:
     """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache."""
     cfg, device = model.cfg, model.embed.device
-    texts = [TEXT.encode(q) for q in questions]
+    texts = [cfg.text.encode(q) for q in questions]
     limit = max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
     h, caches, L, start = prefill(model, texts, image, limit)
     B = len(texts)
@@ -1114,7 +1678,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
         positions = (cfg.grid + place + i).float()[:, None, None].expand(B, 1, 2)
         x = model.embed_rows(token[:, None], slots, None, None).to(compute_dtype(device))
         h = model.trunk(x, positions, Layout(start[:, None], torch.full_like(start[:, None], L + i + 1)), caches, L + i)[:, 0]
-    return [TEXT.decode(row) for row in torch.stack(out, 1).tolist()]
+    return [cfg.text.decode(row) for row in torch.stack(out, 1).tolist()]
 
 # ==== 9. Training: one loop, the run folder =================================================================
 
@@ -1130,11 +1694,11 @@ def tokenizer_loss(tokenizer: VisionTokenizer, image: Tensor, block=Block.forwar
 
 def tokenizer_batch(cfg: Config, step: int) -> Tensor:
     """Half pictures, half targets of one proxy after the other: the tokenizer must be able to say both; (B, 3, P, P)."""
-    drawn = [name for name, proxy in PROXIES.items() if proxy.target not in (None, original, shuffled)]
-    scenes = sample_scenes(cfg, "tokenizer", step * 4096 + np.arange(cfg.tok_batch))
-    r, half = render(cfg, scenes), cfg.tok_batch // 2
-    target = PROXIES[drawn[step % len(drawn)]].target(cfg, pick(scenes, slice(half, None)), pick(r, slice(half, None)))
-    return torch.cat([r.image[:half], target])
+    drawn = [name for name in proxies_of(cfg) if PROXIES[name].target not in (None, original, shuffled)]
+    index, half = step * 4096 + np.arange(cfg.tok_batch), cfg.tok_batch // 2
+    seen, cut = sample(cfg, "tokenizer", index[:half], "look"), sample(cfg, "tokenizer", index[half:], "masks")
+    target = PROXIES[drawn[step % len(drawn)]].target(cfg, cut, render(cfg, cut))
+    return torch.cat([render(cfg, seen).image, target])
 
 class Run:
     """A folder with everything about one training run: config.json, log.jsonl, weights, samples, report.
@@ -1158,7 +1722,7 @@ class Run:
         """Claim the folder for a configuration; one that holds another configuration is left as it is."""
         if (self.folder / "config.json").exists():
             mine, theirs = dataclasses.asdict(cfg), dataclasses.asdict(self.config())
-            different = [f"{k} ({theirs[k]!r} there, {v!r} now)" for k, v in mine.items()
+            different = [f"{k} ({theirs[k]!r:.60} there, {v!r:.60} now)" for k, v in mine.items()
                          if k not in NOT_PART_OF_A_RUN and theirs[k] != v]
             if different:
                 raise UserError(f"{self.folder} holds a run with other settings: {', '.join(different)}; "
@@ -1208,7 +1772,7 @@ class Run:
             kept = [line for line in lines if line["stage"] != stage or line["step"] < step]
             self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every"}    # may differ when a run is resumed
+NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ when a run is resumed
 ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr", "sample_steps", "guidance",
              "token_temperature", "temperature", "eval_questions", "eval_prompts", "eval_masks", "sample_every"}
 
@@ -1331,21 +1895,10 @@ def to_pil(image: Tensor) -> Image.Image:
 def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
     """Any picture a person has, upright and in RGB: squeezed to (1, 3, size, size) in [0, 1], and as it was."""
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in ("I", "I;16", "I;16B", "F"):   # 16 bits and more: scale the range that is used
-                values = np.asarray(picture, np.float64)
-                low, high = np.nanmin(values), np.nanmax(values)
-                picture = Image.fromarray(np.uint8(np.nan_to_num((values - low) / max(high - low, 1e-9)) * 255))
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
+        picture = upright(path)
     except Exception as e:                         # Pillow raises a dozen kinds of errors for damaged files
         raise UserError(f"cannot read {path} as a picture ({e.__class__.__name__}: {e}); give a PNG or JPEG") from None
-    small = np.asarray(picture.resize((size, size), Image.Resampling.BOX if min(picture.size) >= size
-                                      else Image.Resampling.BICUBIC))
-    return torch.from_numpy(small.copy()).permute(2, 0, 1)[None].float() / 255, picture
+    return torch.from_numpy(squeeze(picture, size).copy()).permute(2, 0, 1)[None].float() / 255, picture
 
 GRID_PROMPTS = ["a red circle", "a square", "two blue circles", "three yellow rings", "a cross left of a ring",
                 "a bar above a circle", "a green triangle and a purple square", "a cyan cross and a red bar"]
@@ -1372,15 +1925,27 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     from eval import evaluate, show
     device, why = choose_device(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    complaint = ""
+    if cfg.data != "scenes":
+        data = photographs(cfg.data, cfg.image_size, cfg.max_objects)
+        complaint = data.complain(cfg.tolerate)
+        cfg = dataclasses.replace(cfg, categories=cfg.categories or ",".join(data.names), words=cfg.words or find_words(data))
+        cfg.validate()
+        for use, split in [(use, split) for use in USES for split in ("train", "val")]:
+            data.pool(split, use)                  # complains about what is missing before anything is written
     if other:
         borrow(cfg, run, other)
     run.open(cfg)
+    if complaint:
+        print(complaint)
+        run.write("bad_records.txt", (data.folder / "bad_records.txt").read_bytes())
     print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
     fast = compiled if cfg.compile and device.type != "mps" else lambda function: function
     block, loss = fast(Block.forward), fast(token_loss)
-    val = sample_scenes(cfg, "grid", np.arange(8))
+    val = sample(cfg, "grid", np.arange(8), "masks")
     val_r = render(cfg, val)
     seen = val_r.image.to(device)
+    prompts_of_grid = GRID_PROMPTS if cfg.data == "scenes" else [caption(val, b, word_rng(val, b), cfg) for b in range(8)]
 
     torch.manual_seed(cfg.seed)
     tokenizer = VisionTokenizer(cfg).to(device)
@@ -1398,11 +1963,11 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
         names = [[*(words for _, words in named(things(val, b))), "object"][0] for b in range(len(val))]
         asked = [f"where is the {words}?" for words in names]
         said = [q.removeprefix("where is the ") + " " + a for q, a in zip(asked, answer(model, seen, asked, 4))]
-        drawn = generate(model, tokenizer, [[Text.BOS] + TEXT.encode(p) for p in GRID_PROMPTS], guidance=cfg.guidance)
-        rows = [("text to image", drawn, GRID_PROMPTS), ("image", seen, said)]
+        drawn = generate(model, tokenizer, [[Text.BOS] + cfg.text.encode(p) for p in prompts_of_grid], guidance=cfg.guidance)
+        rows = [("text to image", drawn, prompts_of_grid), ("image", seen, said)]
         if name in PROXIES and name != "none":
             source, prompts, target = proxy_batch(cfg, name, val, val_r)
-            drawn = generate(model, tokenizer, [TEXT.encode(p) for p in prompts], source.to(device), temperature=0.0)
+            drawn = generate(model, tokenizer, [cfg.text.encode(p) for p in prompts], source.to(device), temperature=0.0)
             rows += [("seen", source, None)] * bool(PROXIES[name].source)
             rows += [(f"{name}: true", target, None), ("drawn", drawn, None)]
         run.write(f"samples/{name}_{step:06d}.png", picture_grid(rows))
@@ -1455,15 +2020,15 @@ def load_run(run: Run, arm: str | None = None, device: str | torch.device = "cpu
     tokenizer = run.restore("tokenizer", VisionTokenizer(cfg)).to(device)
     return cfg, tokenizer, run.restore(arm, UnifiedModel(cfg)).to(device), arm
 
-def prompt_ids(text: str, room: int) -> list[int]:
+def prompt_ids(cfg: Config, text: str, room: int) -> list[int]:
     """A user's text as ids, lower-cased like the training text, with a word of warning about unknown words."""
     text = " ".join(text.lower().split())
-    ids = TEXT.encode(text)
+    ids = cfg.text.encode(text)
     if not ids:
         raise UserError("the text is empty; say something, for example: two red circles")
     if len(ids) > room:
         raise UserError(f"the text has {len(ids)} tokens, the model takes {room}; make it shorter")
-    unknown = [word for word in re.findall(r"\w+", text) if any(i < 259 for i in TEXT.encode(word))]
+    unknown = [word for word in re.findall(r"\w+", text) if any(i < 259 for i in cfg.text.encode(word))]
     if unknown:
         print(f"note: the training texts have no word {', '.join(map(repr, unknown))}; expect little", file=sys.stderr)
     return ids
@@ -1497,20 +2062,20 @@ def use(args: argparse.Namespace, given: dict) -> None:
     draw = lambda ids, image=None, **kw: generate(model, tokenizer, [ids], image, seed=wanted.seed, **kw)[0]
     if args.ask is not None:
         image, _ = read_image(args.ask[0], cfg.image_size)
-        prompt_ids(args.ask[1], cfg.row_len - cfg.patches - 8)        # complains about what it cannot take
+        prompt_ids(cfg, args.ask[1], cfg.row_len - cfg.patches - 8)        # complains about what it cannot take
         text = " ".join(args.ask[1].lower().split())
         print(answer(model, image.to(device), [text if text[-1] in "?." else text + "?"], limit=60)[0])
         return
     if args.generate is not None:
-        ids = [Text.BOS] + prompt_ids(args.generate, cfg.prompt_len - 1)
+        ids = [Text.BOS] + prompt_ids(cfg, args.generate, cfg.prompt_len - 1)
         sheet = to_pil(draw(ids, guidance=wanted.guidance))
         sheet = sheet.resize((max(256 // cfg.image_size, 1) * cfg.image_size,) * 2, Image.NEAREST)
         out, found = args.out or "out.png", ""
     else:
         image, picture = read_image(args.segment, cfg.image_size)
-        scenes = sample_scenes(cfg, "val", np.arange(1))      # names the referent, for a proxy that needs one
-        prompt = PROXIES[proxy].prompts[0].format(**referent(scenes, 0)._asdict())
-        drawn = draw(TEXT.encode(prompt), image.to(device), temperature=given.get("temperature", 0.0))
+        # names what is to be cut out, for a proxy that needs a name
+        prompt = PROXIES[proxy].prompts[0].format(color=cfg.color_names[0], shape=cfg.shape_names[0]).replace("  ", " ")
+        drawn = draw(cfg.text.encode(prompt), image.to(device), temperature=given.get("temperature", 0.0))
         scale = max(1.0, 256 / max(picture.size))
         size = tuple(max(1, round(side * scale)) for side in picture.size)
         sheet = Image.new("RGB", (size[0] * 2 + 4, size[1]), "white")  # the picture, and what was drawn of it
@@ -1560,16 +2125,19 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"got {' and '.join(map(flag, verbs)) or 'nothing to do'}; "
                             "give one of --train, --generate, --ask, --segment (see --help)")
         if args.train:
-            preset = args.preset or ("base" if torch.cuda.is_available() and given.get("device") != "cpu" else "tiny")
+            gpu, photos = torch.cuda.is_available() and given.get("device") != "cpu", given.get("data", "scenes") != "scenes"
+            preset = args.preset or (("coco" if photos else "base") if gpu else ("coco-tiny" if photos else "tiny"))
             if not args.preset:
-                print(f"preset {preset}: the default {'on a GPU' if preset == 'base' else 'without a CUDA GPU'}")
+                print(f"preset {preset}: the default {'on a GPU' if gpu else 'without a CUDA GPU'}" + " for photographs" * photos)
             for name in ("model", "proxy", "out"):
                 if getattr(args, name):
                     raise UserError(f"{flag(name)} is for using a run, not for --train"
                                     + ("; did you mean --proxies?" if name == "proxy" else "; leave it out"))
+            if preset.startswith("coco") and not photos:
+                raise UserError(f"the preset {preset} is for photographs; add --data coco:DIR, or choose another")
             cfg = Config(**{**PRESETS[preset], **given})
             cfg.validate()
-            run = find_run(args.run or preset)
+            run = find_run(args.run or (Path(cfg.data.partition(":")[2]).stem if photos else "") or preset)
             train(cfg, run, find_run(args.base) if args.base else None)
         else:
             use(args, given)
