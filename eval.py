@@ -242,9 +242,10 @@ def semantic_miou(cfg: Config, drawn: Tensor, category: Tensor) -> float:
 
 # ==== 3. Metrics of a model =================================================================================
 
-def stream(cfg: Config, split: str, use: str = "questions", chunk: int = 256, total: int = 10 ** 9):
-    """The scenes or photographs of a split, a chunk at a time; photographs come again and again."""
-    for start in range(0, total, chunk):
+def stream(cfg: Config, split: str, use: str = "questions", chunk: int = 256):
+    """The scenes of a split without end, a chunk at a time; photographs come 40 times each."""
+    photographs = 0 if cfg.data == "scenes" else len(sgt.photographs(cfg.data, cfg.image_size, cfg.max_objects).pool(split, use))
+    for start in range(0, 40 * photographs or 10 ** 9, chunk):
         yield sgt.sample(cfg, split, np.arange(start, start + chunk), use)
 
 Item = namedtuple("Item", "kind scenes index question truth")
@@ -256,7 +257,7 @@ def questions(cfg: Config, split: str, total: int) -> list[Item]:
     """
     kinds, items, known = sgt.kinds_of(cfg), [], set()
     need, scenes_only = Counter(dict.fromkeys(kinds, max(1, total // len(kinds)))), cfg.data == "scenes"
-    for scenes in stream(cfg, split, total=10 ** 9 if scenes_only else 20000):
+    for scenes in stream(cfg, split):
         for b in range(len(scenes)):
             objects, rng = sgt.things(scenes, b), sgt.word_rng(scenes, b)
             for kind, missing in need.most_common():                  # the kind that lags behind first
@@ -363,8 +364,9 @@ def pope_items(cfg: Config, negatives: str, total: int) -> list[Item]:
             if absent:
                 for (color, shape), truth in ((rng.choice(there), "yes"), (rng.choice(absent), "no")):
                     items.append(Item("existence", scenes, b, f"is there a {color} {shape}?".replace("  ", " "), truth))
-            if len(items) >= total:
-                return items[:total]
+        if len(items) >= total:
+            break
+    return items[:total]
 
 def pope_scores(truth: list[str], said: list[str]) -> dict[str, float]:
     """POPE's metrics in percent. What is not "yes" counts as no; without any yes precision, recall and F1 are 0."""
@@ -612,8 +614,7 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
     cfg = run.config()
     in_scenes, items = cfg.data == "scenes", questions(cfg, "val", cfg.eval_questions)
     pope = {kind: pope_items(cfg, kind, cfg.eval_questions // 5) for kind in ("random", "popular", "adversarial")}
-    if len(cfg.shape_names) == 1:
-        pope = {}                                  # everything is an "object"
+    pope = {kind: asked for kind, asked in pope.items() if asked}     # none where everything is an "object"
     _, tokenizer, _, _ = sgt.load_run(run, "base", device)
     report = {
         "run": run.folder.name, "seed": cfg.seed, "torch": torch.__version__, "device": str(device),

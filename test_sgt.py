@@ -897,3 +897,287 @@ def test_the_readme_tells_the_length_of_every_file():
     for name in ("sgt.py", "kernels.py", "eval.py", "test_sgt.py"):
         said = int(re.search(rf"`{name}` \| ([\d,]+)", readme)[1].replace(",", ""))
         assert abs(said - len((HERE / name).read_text().splitlines())) <= 25, name
+
+# ---- photographs -------------------------------------------------------------------------------------------
+
+PHOTOS = dict(PRESETS["smoke"], data="coco:photos", image_size=32, row_len=96, max_objects=4)
+
+def write_coco(root, n=8, size=(48, 32), change=None, save=None):
+    """A COCO folder in the official layout: on each picture a dog below a cat; change(data, i) edits the training file."""
+    (root / "annotations").mkdir(parents=True)
+    for split, first in (("train2017", 1), ("val2017", 101)):
+        (root / split).mkdir()
+        w, h = size
+        data = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "Dog"}, {"id": 9, "name": "cat"}]}
+        for i in range(first, first + n):
+            name = f"{i:012d}.jpg"
+            pixels = np.random.default_rng(i).integers(0, 255, (h, w, 3), np.uint8)
+            Image.fromarray(pixels).save(root / split / name) if not save else save(root / split / name, pixels)
+            data["images"].append({"id": i, "file_name": name, "width": w, "height": h})
+            for j, (category, y) in enumerate(((7, 18), (9, 2))):
+                box = [4 + i % 5, y, 4 + i % 5, y + 12, 30, y + 12, 30, y]
+                data["annotations"].append({"id": 10 * i + j, "image_id": i, "category_id": category, "iscrowd": 0,
+                                            "segmentation": [box], "bbox": [4 + i % 5, y, 26 - i % 5, 12]})
+        if change and split == "train2017":
+            change(data)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
+        captions = [{"id": i["id"], "image_id": i["id"], "caption": "A dog, under a cat."} for i in data["images"][:2] if "id" in i]
+        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps({"annotations": captions}))
+    return root
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGT_CACHE", str(tmp_path / "cache"))
+    sgt.photographs.cache_clear()
+    return tmp_path
+
+def opened(folder, P=32, scheme="coco"):
+    data = sgt.photographs(f"{scheme}:{folder}", P, 4)
+    return data, dataclasses.replace(Config(**PHOTOS), image_size=P, data=f"{scheme}:{folder}", categories=",".join(data.names),
+                                     words=sgt.find_words(data))
+
+def test_masks_of_photographs_are_those_of_pycocotools_small_ones_on_top(cached):
+    """A mask that is shifted, transposed or covered by a larger one; captions of another picture."""
+    def inner(data):                          # a third thing inside the dog, listed first
+        data["annotations"].insert(0, {"id": 9999, "image_id": 1, "category_id": 9, "segmentation": [[10, 20, 10, 26, 18, 26, 18, 20]]})
+    folder = write_coco(cached / "coco", size=(32, 32), change=inner)
+    data, cfg = opened(folder)
+    with benchmark.contextlib.redirect_stdout(benchmark.io.StringIO()):
+        coco = benchmark.COCO(str(folder / "annotations/instances_train2017.json"))
+    masks = [coco.annToMask(a) for a in sorted(coco.imgToAnns[1], key=lambda a: -coco.annToMask(a).sum())]
+    want = np.zeros((32, 32), int)
+    for i, mask in enumerate(masks, 1):
+        want[mask > 0] = i
+    where = data.captions.index(["a dog, under a cat"])
+    assert (data.maps[where, 0] == want).all() and len(masks) == 3
+    assert np.asarray(Image.open(folder / "train2017/000000000001.jpg")).tolist() == data.images[where].tolist()
+    assert data.names == ["dog", "cat"] and data.split.tolist() == [0] * 8 + [1] * 8 and not data.bad
+
+def test_run_lengths_are_read_as_pycocotools_writes_them():
+    """A wrong sign, carry or difference in the decoder that checks what pycocotools is given."""
+    rng = np.random.default_rng(0)
+    for h, w in ((1, 1), (7, 300), (200, 90)):
+        for share in (0.0, 0.01, 0.5, 1.0):
+            mask = rng.random((h, w)) < share
+            rle = benchmark.mask_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+            assert (sgt.decode_mask({"size": [h, w], "counts": rle["counts"].decode()}, h, w) == mask).all()
+            runs = sgt.run_lengths(rle["counts"].decode())
+            assert sum(runs) == h * w and (sgt.decode_mask({"size": [h, w], "counts": runs}, h, w) == mask).all()
+
+BAD_ANNOTATIONS = [
+    ({"segmentation": [[math.nan, 1, 5, 1, 5, 5]]}, "absurd coordinates"), ({"segmentation": [[math.inf, 1, 5, 1, 5, 5]]}, "absurd"),
+    ({"segmentation": [[1e30, 1, 5, 1, 5, 5]]}, "absurd"), ({"segmentation": [[10 ** 400, 1, 5, 1, 5, 5]]}, "absurd"),
+    ({"segmentation": [["a", 1, 5, 1, 5, 5]]}, "absurd"), ({"segmentation": [[0, 0, 90, 31] * 5000]}, "absurd length"),
+    ({"segmentation": [[1, 1, 5, 5]]}, "fewer than three points"), ({"segmentation": [[1, 1, 5, 1, 5, 5, 2]]}, "three points"),
+    ({"segmentation": [5]}, "three points"), ({"segmentation": "dog"}, "run lengths"), ({"segmentation": 7}, "run lengths"),
+    ({"segmentation": {"size": [32, 48], "counts": [32, 48]}}, "do not sum"), ({"segmentation": {"size": [48, 32], "counts": [1536]}}, "size"),
+    ({"segmentation": {"size": [32, 48], "counts": [-4, 1540]}}, "do not sum"), ({"segmentation": {"size": [32, 48], "counts": "zz}"}}, "run lengths"),
+    ({"segmentation": {"size": [32, 48], "counts": "11P"}}, "do not sum"), ({"segmentation": {"size": [32, 48]}}, "run lengths"),
+    ({"segmentation": None, "bbox": None}, "neither a mask nor a box"), ({"segmentation": [], "bbox": [1, 2, math.nan, 4]}, "box"),
+    ({"bbox": [1, 2, 3]}, "box"), ({"id": 0}, "annotation id 0"), ({"id": 11}, "there twice"), ({"id": "x"}, "no number"),
+    ({"category_id": 8}, "unknown category 8"), ({"category_id": [7]}, "unknown category"), ({"image_id": 999}, "unknown image 999"),
+    ({"image_id": "1"}, "unknown image"),
+]
+
+@pytest.mark.parametrize("bad, says", BAD_ANNOTATIONS, ids=lambda x: x if isinstance(x, str) else None)
+def test_a_bad_annotation_is_named_and_poisons_nothing(cached, bad, says):
+    """pycocotools crashed or fed with garbage; a question about what is ill annotated, or its absence claimed; a lost picture."""
+    data, cfg = opened(write_coco(cached / "coco", change=lambda data: data["annotations"][4].update(bad)))      # the dog of image 3
+    assert len(data.bad) == 1 and says in data.bad[0] and len(data.split) == 16
+    with pytest.raises(sgt.UserError, match="of 32 annotations cannot be used.*--tolerate 4"):
+        data.complain(1.0)
+    assert "1 of 32 annotations" in data.complain(4.0)
+    photos = sgt.sample_photos(cfg, "train", np.arange(200), "questions")
+    third = np.flatnonzero(photos.which == 2)
+    assert len(third)
+    lost = says.startswith("unknown")            # then nobody can know what was there
+    for b in third:
+        assert [o.shape for o in sgt.things(photos, b) if o.index >= 0] == ["cat"]
+        assert lost or [o.shape for o in sgt.things(photos, b) if o.index < 0] == ["dog"]
+        for kind in sgt.kinds_of(cfg):
+            turn = QUESTIONS[kind][1](sgt.things(photos, b), random.Random(int(b)), cfg)
+            assert lost or not turn or "dog" not in turn[0], turn
+    assert lost or 2 not in data.pool("train", "masks")          # a target without the dog would teach that there is none
+
+def jpeg_cut(path): path.write_bytes(path.read_bytes()[:400])
+def leave(path): path.unlink(), path.symlink_to(Path(__file__).resolve())
+def huge(path): path.unlink(), open(path, "wb").truncate(sgt.LARGEST + 1)
+def bomb(path):
+    Image.new("1", (20000, 20000)).save(path, "PNG")
+
+BAD_IMAGES = [
+    ({"file_name": "../annotations/instances_val2017.json"}, None, "UnidentifiedImage"), ({"file_name": "../../secret.jpg"}, None, "leads out"),
+    ({"file_name": "/etc/passwd"}, None, "leads out"), ({"file_name": "no.jpg"}, None, "no such file"), ({"file_name": "a\0b"}, None, "ValueError"),
+    ({"file_name": 5}, None, "missing, absurd"), ({"width": 47}, None, "annotated as 47"), ({"width": math.nan}, None, "absurd"),
+    ({"width": 10 ** 9, "height": 10 ** 9}, None, "absurd"), ({"id": 1}, None, "there twice"), ({"id": None}, None, "missing"),
+    ({}, jpeg_cut, "OSError"), ({}, leave, "leads out"), ({}, huge, "absurdly large"), ({}, bomb, "pixels"), ({}, Path.unlink, "no such file"),
+]
+
+@pytest.mark.parametrize("bad, spoil, says", BAD_IMAGES)
+def test_a_bad_picture_is_named_and_skipped(cached, bad, spoil, says):
+    """A name that leaves the folder is read; a bomb or half a file kills the run or trains it on gray."""
+    folder = write_coco(cached / "deep/coco", change=lambda data: data["images"][2].update(bad))
+    (cached / "deep/secret.jpg").write_bytes((folder / "train2017/000000000001.jpg").read_bytes())
+    if spoil:
+        spoil(folder / "train2017/000000000003.jpg")
+    data, _ = opened(folder)
+    assert sum(line.startswith("image") for line in data.bad) == 1 and says in " ".join(data.bad) and len(data.split) == 15
+    with pytest.raises(sgt.UserError, match="1 of 16 images.* cannot be used"):
+        data.complain(6.0)
+
+def test_unusual_pictures_are_read_as_people_see_them(cached):
+    """16 bits clipped to white, CMYK inverted, a palette as gray, a portrait lying on its side."""
+    gradient = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint8)
+    gray = Image.fromarray(gradient)
+    gray.convert("CMYK").save(cached / "cmyk.jpg", quality=100)
+    gray.convert("P").save(cached / "palette.png")
+    Image.fromarray(gradient.astype(np.uint16) * 200).save(cached / "deep.png")
+    turn = Image.Exif()
+    turn[0x112] = 6
+    gray.transpose(Image.Transpose.ROTATE_90).save(cached / "turned.jpg", exif=turn, quality=100)
+    for name in ("cmyk.jpg", "palette.png", "deep.png", "turned.jpg"):
+        assert abs(np.asarray(sgt.upright(cached / name)).astype(float) - gradient[..., None]).max() < 12, name
+    assert sgt.upright(cached / "turned.jpg", (32, 48)).size == (32, 48)         # annotated as it lies
+
+def test_questions_about_photographs_are_true_and_nothing_ill_known_is_asked(cached):
+    """An answer that the annotations contradict; a crowd that is counted; left and right not swapped with the picture."""
+    folder = write_coco(cached / "coco", change=lambda data: data["annotations"][1].update(iscrowd=1))     # the cats of image 1
+    data, cfg = opened(folder)
+    photos = sgt.sample_photos(cfg, "train", np.arange(300), "questions")
+    assert photos.flip.any() and not photos.flip.all()
+    r, asked = sgt.render(cfg, photos), set()
+    for b in range(300):
+        objects, rng = sgt.things(photos, b), random.Random(b)
+        for o, painted in zip(objects, photos.painted[b]):
+            rows, columns = torch.nonzero(r.instance[b] == objects.index(o) + 1, as_tuple=True)
+            assert bool(painted) == bool(len(rows))
+            if painted:
+                assert abs((columns.min() + columns.max() + 1) / 2 - o.x) < 1e-3 and abs((rows.min() + rows.max() + 1) / 2 - o.y) < 1e-3
+        for kind in sgt.kinds_of(cfg):
+            question, said = QUESTIONS[kind][1](objects, rng, cfg) or ("", "")
+            asked.add(kind if question else "")
+            if photos.which[b] == 0:
+                assert "cat" not in question and (question, said) != ("is there a cat?", "no")
+            elif "from the" in question:
+                assert said == ("above" if question.startswith("where is the cat") else "below")
+            assert (question, said) not in {("is there a dog?", "no"), ("how many dogs?", "zero"), ("what object is top center?", "dog")}
+    assert asked - {""} >= {"existence", "counting", "relation", "location", "compare", "arithmetic", "category"}
+    captioned = sgt.sample_photos(cfg, "train", np.arange(50), "captions")
+    assert not captioned.flip.any()
+    texts = {(int(captioned.which[b]) < 2, sgt.caption(captioned, b, random.Random(b), cfg)) for b in range(50)}
+    assert {text for human, text in texts if human} == {"a dog, under a cat"} and len(texts) > 1
+
+def test_the_cache_is_used_again_and_only_for_the_same_files_and_settings(cached, monkeypatch):
+    """Old pictures after the data changed; decoding in every run; half a cache after a crash; two runs that spoil each other's."""
+    folder = write_coco(cached / "coco")
+    real, calls = sgt.digest, []
+    monkeypatch.setattr(sgt, "digest", lambda *a: calls.append(1) or real(*a))
+    first = opened(folder)[0]
+    sgt.photographs.cache_clear()
+    again = opened(folder)[0]
+    assert len(calls) == 16 and again.folder == first.folder
+    opened(folder, 48)                            # another size
+    os.utime(folder / "train2017/000000000001.jpg", (1, 1))
+    sgt.photographs.cache_clear()
+    assert opened(folder)[0].folder != first.folder and len(calls) == 48
+    monkeypatch.setattr(sgt, "digest", lambda *a: 1 / 0)
+    os.utime(folder / "train2017/000000000001.jpg", (2, 2))
+    sgt.photographs.cache_clear()
+    with pytest.raises(ZeroDivisionError):
+        opened(folder)
+    assert len(list((cached / "cache").iterdir())) == 3           # no half one
+    code = f"import sgt; d = sgt.photographs('coco:{folder}', 40, 4); print(d.images[:].astype(int).sum())"
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert len({p.communicate()[0] for p in both}) == 1 and [p.returncode for p in both] == [0, 0]
+    assert len(list((cached / "cache").iterdir())) == 4
+
+def write_tar(path, folder, extra=()):
+    """An SA-1B shard made of a COCO folder, with hostile members on request."""
+    import io, tarfile
+    with benchmark.contextlib.redirect_stdout(io.StringIO()):
+        coco = benchmark.COCO(str(folder / "annotations/instances_train2017.json"))
+    with tarfile.open(path, "w") as tar:
+        def add(name, data=b"", **about):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for key, value in about.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(data))
+        for i, about in coco.imgs.items():
+            found = [{"id": a["id"], "bbox": a["bbox"], "segmentation": {"size": coco.annToRLE(a)["size"],
+                      "counts": coco.annToRLE(a)["counts"].decode()}} for a in coco.imgToAnns[i]]
+            add(f"sa_{i}.json", json.dumps({"image": {"image_id": i, **about}, "annotations": found}).encode())
+            add(f"sa_{i}.jpg", (folder / "train2017" / about["file_name"]).read_bytes())
+        for name, data, about in extra:
+            add(name, data, **about)
+    return path
+
+def test_a_tar_of_class_agnostic_masks_is_read_where_it_lies_and_hostile_members_are_named(cached):
+    """A link, device, absurd size or path in a shard; a picture without annotations; masks of another picture."""
+    import tarfile
+    folder = write_coco(cached / "coco", n=30)
+    hostile = [("sa_900.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), ("sa_900.json", b'{"image": {}}', {}),
+               ("sa_901.jpg", b"", {"type": tarfile.CHRTYPE}), ("sa_901.json", b'{"image": {"height": 32, "width": 48}}', {}),
+               ("../sa_902.jpg", b"x", {}), ("sa_903.jpg", b"x", {}), ("sa_904.jpg", b"x", {}), ("sa_904.json", b"[" * 100000, {}),
+               ("sa_905.json", b'{"image": {"height": NaN, "width": 48}}', {}), ("sa_905.jpg", b"x", {})]
+    data, cfg = opened(write_tar(cached / "shard.tar", folder, hostile), scheme="sam")
+    assert len(data.split) == 30 and data.names == ["object"] and 0 < data.split.sum() < 30
+    said = "\n".join(data.bad)
+    assert len(data.bad) == 6 and all(f"sa_90{i}" in said for i in range(6)), said
+    assert not list(cached.glob("**/sa_*"))                       # nothing was extracted
+    photos = sgt.sample_photos(cfg, "train", np.arange(20), "masks")
+    assert (photos.count == 2).all() and set(sgt.kinds_of(cfg)) == {"counting", "location", "arithmetic"}
+    sgt.proxy_batch(cfg, "referring", photos, sgt.render(cfg, photos))
+    (cached / "cut.tar").write_bytes((cached / "shard.tar").read_bytes()[:3000])
+    with pytest.raises(sgt.UserError):
+        sgt.photographs(f"sam:{cached / 'cut.tar'}", 32, 4)
+    unpacked = cached / "unpacked"
+    with tarfile.open(cached / "shard.tar") as tar:
+        tar.extractall(unpacked, [m for m in tar if m.isreg() and "90" not in m.name], filter="data")
+    assert sorted(opened(unpacked, scheme="sam")[0].images.reshape(30, -1).sum(1)) == sorted(data.images[:30].reshape(30, -1).sum(1))
+
+def test_a_voc_folder_gives_classes_and_instances_and_void_is_neither(cached):
+    """255 taken for a class; instances merged; a class that does not exist."""
+    root = cached / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    kinds, parts = np.zeros((2, 32, 32), np.uint8)
+    kinds[4:12, 4:28], kinds[20:30, 4:28], kinds[12:14] = 15, 12, 255
+    parts[4:12, 4:14], parts[4:12, 14:28], parts[20:30, 4:28], parts[12:14] = 1, 2, 3, 255
+    for i in range(6):
+        Image.new("RGB", (32, 32), (40 * i, 9, 9)).save(root / f"JPEGImages/{i}.jpg")
+        Image.fromarray(kinds + np.uint8(9 * (i == 5) * (kinds == 15))).save(root / f"SegmentationClass/{i}.png")
+        Image.fromarray(parts).save(root / f"SegmentationObject/{i}.png")
+    (root / "ImageSets/Segmentation/val.txt").write_text("3\n4\n")
+    data, cfg = opened(root, scheme="voc")
+    photos = sgt.sample_photos(cfg, "val", np.arange(2), "masks")
+    assert [o.shape for o in sgt.things(photos, 0)] == ["dog", "person", "person"] and data.split.sum() == 2
+    assert sgt.render(cfg, photos).instance[0, 13].sum() == 0 and sgt.render(cfg, photos).category[0, 6, 6] == 15
+    assert len(data.bad) == 1 and "class 24" in data.bad[0]
+
+def test_photographs_train_from_the_command_line_and_mistakes_get_one_line(cached):
+    """A stage, proxy or report that works on scenes only; a data error as a traceback, or after something was written."""
+    folder = write_coco(cached / "coco", n=12)
+    args = ("--train", "--preset", "smoke", "--row-len", 96, "--base-steps", 4, "--tok-steps", 4, "--arm-steps", 2, "--eval-questions", 40,
+            "--threads", 2, "--data")
+    done = command(*args, f"coco:{folder}", "--proxies", "none,instance,semantic,panoptic,referring", cwd=cached)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((cached / "runs/coco/report.json").read_text())
+    assert "category" in done.stdout and "SGT, training" in done.stdout and "generation" not in report["models"]["instance"]
+    assert json.loads((cached / "runs/coco/config.json").read_text())["categories"] == "dog,cat"
+    picture = folder / "val2017/000000000101.jpg"
+    for verb in (("--ask", picture, "is there a dog?"), ("--segment", picture), ("--segment", picture, "--proxy", "referring"),
+                 ("--generate", "a dog and a cat")):
+        done = command(*verb, cwd=cached)
+        assert done.returncode == 0, done.stderr
+    done = command(*args, f"sam:{write_tar(cached / 'shard.tar', folder)}", cwd=cached)
+    assert done.returncode == 0 and "counting" in done.stdout, done.stderr
+    spoiled = write_coco(cached / "spoiled", change=lambda data: data["annotations"][0].update(id=0))
+    for data, says in ((f"coco:{spoiled}", "annotation id 0"), ("coco:nowhere", "there is no"), (f"coco:{cached}", "no instances*.json"),
+                       (f"voc:{folder}", "no SegmentationClass"), (f"sam:{folder}", "no annotations beside"), ("zip:x", "choose scenes"),
+                       (f"coco:{folder}", "holds a run with other settings"), (f"coco:{folder} --proxies depth", "choose from")):
+        before = contents(cached)
+        done = command(*args, *data.split(" "), cwd=cached)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()[-1]) == len(done.stderr.strip().split("error: ")[-1]) + 7, done.stderr
+        assert {k: v for k, v in contents(cached).items() if not k.startswith("cache/")} == {
+            k: v for k, v in before.items() if not k.startswith("cache/")}
