@@ -131,9 +131,16 @@ class Config:
 
     def validate(self) -> None:
         """Refuse what cannot work, before anything is written."""
+        for field in dataclasses.fields(self):     # a config.json may come from anywhere
+            value = getattr(self, field.name)
+            kind = (int, float) if field.type == "float" else type(field.default)
+            if not isinstance(value, kind) or kind is not str and not abs(value) < 2 ** 40:
+                raise UserError(f"{field.name}={value!r}; give a sensible {field.type}")
         size, patch = self.image_size, self.patch
         if min(patch, self.see_patch) < 2:         # nothing below can be computed without them
             raise UserError(f"patch={patch}, see_patch={self.see_patch}; give at least 2")
+        weights = (self.width * (12 * self.width * self.depth + 24 * self.see_patch ** 2 + self.row_len + self.tokens)
+                   + self.tok_width * (12 * self.tok_width * self.tok_depth + 12 * (self.tok_reach * patch) ** 2 + self.tokens))
         fits = max(self.tokens + self.prompt_len, self.patches + 6 + self.tokens, self.patches + 64)
         rules = [
             (size >= 16 and size % patch == 0 == size % 4,
@@ -155,6 +162,8 @@ class Config:
             (self.prompt_len >= 16, f"prompt_len={self.prompt_len} does not hold the prompts", "give at least 16"),
             (self.row_len >= fits, f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
              f"give at least {fits}"),
+            (max(size, self.sample_steps) <= 4096 and self.row_len <= 8192 and weights <= 2e9, f"image_size={size}, sample_steps="
+             f"{self.sample_steps}, row_len={self.row_len}, {weights} weights", "give at most 4096, 4096, 8192 and 2000000000"),
             (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2, "vqa and t2i batches must be at least 2",
              "change them"),
             (max(self.vqa_batch + self.t2i_batch, self.tok_batch) <= 4096 and max(
@@ -174,7 +183,6 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             positive = field.name.endswith(("_steps", "tok_batch", "_every", "_prompts", "_questions", "_masks", "lr"))
-            rules.insert(0, (not isinstance(value, float) or math.isfinite(value), f"{field.name}={value}", "give a number"))
             rules.append((not positive or value > 0, f"{field.name}={value}", "give a number above 0"))
         for ok, what, fix in rules:
             if not ok:
