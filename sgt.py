@@ -156,8 +156,8 @@ class Config:
              f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width that is a "
              "multiple of head_dim, and head_dim of 8", "try --width 128 --head-dim 32"),
             (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
-            (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and self.threads >= 0,
-             "depth, tok_depth and tok_reach must be at least 1, threads at least 0", "change them"),
+            (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and 0 <= self.threads <= 1024,
+             "depth, tok_depth and tok_reach must be at least 1, threads 0 to 1024", "change them"),
             (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= 4,
              f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}", "choose 3-8, 3-8 and 2-4"),
             (0 <= self.lattice <= size // 4, f"lattice={self.lattice}", f"choose 0 to {size // 4} at this image size"),
@@ -1452,9 +1452,9 @@ def hub(task: str):
     utils.logging.set_verbosity(utils.logging.CRITICAL)                  # what matters comes as an exception
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
-    # most of its requests have no timeout and would wait for a silent server for ever
-    hf.get_session().event_hooks["request"].append(lambda request: request.extensions.update(
-        timeout={what: seconds or 30 for what, seconds in request.extensions["timeout"].items()}))
+    # most of its requests have no timeout and would wait for a silent server for ever; a large commit may take it a while
+    hf.get_session().event_hooks["request"].append(lambda request: request.extensions.update(timeout={
+        what: seconds or (10 if what == "connect" else 60) for what, seconds in request.extensions["timeout"].items()}))
     try:
         yield hf
     except UserError:
@@ -1464,7 +1464,7 @@ def hub(task: str):
             e = e.__cause__
         login = "log in with: hf auth login"
         raise UserError(f"{task}: " + next(line for kind, line in [
-            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it, for the cache is not enough"),
+            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and a copy in the cache does not suffice; unset it"),
             (errors.GatedRepoError, f"it is gated; ask for access on its page and {login}"),
             (errors.RepositoryNotFoundError, f"it is not there, or private; check the name, or {login}"),
             (errors.RevisionNotFoundError, "it has no such revision; correct what follows the @, or leave it out"),
@@ -1503,7 +1503,9 @@ trained from scratch by "SGT in one file" after [arXiv 2605.18714](https://arxiv
 
 ![Scenes and prompts, as every model of the run draws them](samples/comparison.png)
 
+```
 {report}
+```
 
 Settings other than the defaults: {settings}
 """
@@ -1512,7 +1514,8 @@ def without_places(text: str, values) -> str:
     """A text without the folders of this machine that settings name: coco:/home/me/photos becomes coco:photos."""
     for place in (value.partition(":")[2] or value for value in values):
         if len(Path(place).parts) > 1 and not on_hub(place):
-            text = text.replace(json.dumps(place)[1:-1], Path(place).name).replace(place, Path(place).name)
+            for written in (lambda t: json.dumps(t)[1:-1], str):
+                text = text.replace(written(place), written(Path(place).name))
     return text
 
 def push(run: Run, name: str, public: bool) -> None:
