@@ -1462,15 +1462,17 @@ def hub(task: str):
     except Exception as e:                         # its own errors, those of HTTP, of locks, of disks, …
         while e.__cause__ and not isinstance(e, errors.HfHubHTTPError):
             e = e.__cause__
-        login = "log in with: hf auth login"
+        login, said = "log in with: hf auth login", f"{type(e).__name__}: {e}"
+        if isinstance(e, errors.HfHubHTTPError):
+            said = f"HTTP {e.response.status_code}, {e.server_message or 'no reason given'}"
         raise UserError(f"{task}: " + next(line for kind, line in [
             (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and a copy in the cache does not suffice; unset it"),
             (errors.GatedRepoError, f"it is gated; ask for access on its page and {login}"),
             (errors.RepositoryNotFoundError, f"it is not there, or private; check the name, or {login}"),
             (errors.RevisionNotFoundError, "it has no such revision; correct what follows the @, or leave it out"),
-            (errors.HfHubHTTPError, f"{' '.join(str(e).split())[:200]}; try later, or {login}"),
+            (errors.HfHubHTTPError, f"{said}; try later, or {login}"),
             (errors.HFValidationError, f"{e}; give user/repo"),
-            (Exception, f"{type(e).__name__}: {e}; check the network and HF_ENDPOINT")] if isinstance(e, kind))) from None
+            (Exception, f"{said}; check the network and HF_ENDPOINT")] if isinstance(e, kind))) from None
 
 HUB_NAME = re.compile(r"(?!runs/|.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")        # user/repo, user/repo@revision
 
