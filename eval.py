@@ -996,7 +996,7 @@ def speed(cfg: Config, seconds: float = 4.0) -> str:
 def main(argv: list[str] | None = None) -> int:
     try:
         p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-        p.add_argument("run", nargs="*", help="folders of runs, or their names under runs/; default: the newest")
+        p.add_argument("run", nargs="*", help="folders of runs, their names under runs/ or on the Hub; default: the newest")
         p.add_argument("--json", action="store_true", help="print report.json instead of tables")
         p.add_argument("--again", action="store_true", help="measure again, on --device")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -1048,6 +1048,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         for run in runs:
             if args.again or not (run.folder / "report.json").exists():
+                if run.pulled:
+                    raise UserError(f"{run.folder} is only to be read; measure a copy: cp -rL {run.folder} runs/copy")
                 with contextlib.redirect_stdout(sys.stderr):
                     evaluate(run, device)
         reports = [read_report(run) for run in runs]

@@ -4,6 +4,7 @@
     python sgt.py --generate "two red circles"             # use the newest run
     python sgt.py --ask picture.png "what color is the circle?"
     python sgt.py --segment picture.png
+    python sgt.py --push user/repo                         # publish it; then --run user/repo uses it anywhere
 
 One transformer reads image patches and text, and writes text and image tokens. After it has learned to understand and
 to generate, copies of it are post-trained: one with replay only (the SFT control), others also draw a *proxy target* of
@@ -14,7 +15,7 @@ loss of the drawing flows into the features that answer questions (arXiv 2605.18
     2. Scenes      the data set: endless, rendered, exact labels    7. Batches     documents packed into rows
     3. Language    words, captions, questions                       8. Sampling    answers and pictures
     4. Proxies     one table: name → target image                   9. Training    one loop, the run folder
-    5. Tokenizer   image ↔ ids, finite scalar quantization         10. Commands    train, generate, ask, segment
+    5. Tokenizer   image ↔ ids, finite scalar quantization         10. Commands    train, generate, ask, segment, push
 
 To add a proxy, add a line to PROXIES (4), with prompts of six words of the LEXICON (3). To add a question kind, add a
 function to QUESTIONS (3). To train on your own data, replace `render` and `sample_scenes` (2). To try another head, change
@@ -144,10 +145,17 @@ class Config:
 
     def validate(self) -> None:
         """Refuse what cannot work, before anything is written."""
+        for field in dataclasses.fields(self):     # a config.json may come from anywhere
+            value = getattr(self, field.name)
+            kind = (int, float) if field.type == "float" else type(field.default)
+            if not isinstance(value, kind) or kind is not str and not abs(value) < 2 ** 40:
+                raise UserError(f"{field.name}={value!r}; give a sensible {field.type}")
         size, patch = self.image_size, self.patch
         if min(patch, self.see_patch) < 2:         # nothing below can be computed without them
             raise UserError(f"patch={patch}, see_patch={self.see_patch}; give at least 2")
         photos = self.data != "scenes"
+        weights = (self.width * (12 * self.width * self.depth + 24 * self.see_patch ** 2 + self.row_len + self.tokens)
+                   + self.tok_width * (12 * self.tok_width * self.tok_depth + 12 * (self.tok_reach * patch) ** 2 + self.tokens))
         fits = max(self.tokens + self.prompt_len, self.patches + (10 if photos else 6) + self.tokens, self.patches + 64)
         rules = [
             (size >= 16 and size % patch == 0 == size % 4,
@@ -161,8 +169,8 @@ class Config:
              f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width that is a "
              "multiple of head_dim, and head_dim of 8", "try --width 128 --head-dim 32"),
             (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
-            (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and self.threads >= 0,
-             "depth, tok_depth and tok_reach must be at least 1, threads at least 0", "change them"),
+            (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and 0 <= self.threads <= 1024,
+             "depth, tok_depth and tok_reach must be at least 1, threads 0 to 1024", "change them"),
             (re.fullmatch(r"scenes|(coco|voc|sam|hf):.+", self.data), f"data={self.data!r}",
              "choose scenes, coco:DIR, voc:DIR, sam:DIR_OR_TAR or hf:USER/DATASET"),
             (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= (12 if photos else 4),
@@ -176,6 +184,8 @@ class Config:
             (self.prompt_len >= 16, f"prompt_len={self.prompt_len} does not hold the prompts", "give at least 16"),
             (self.row_len >= fits, f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
              f"give at least {fits}"),
+            (max(size, self.sample_steps) <= 4096 and self.row_len <= 8192 and weights <= 2e9, f"image_size={size}, sample_steps="
+             f"{self.sample_steps}, row_len={self.row_len}, {weights} weights", "give at most 4096, 4096, 8192 and 2000000000"),
             (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2, "vqa and t2i batches must be at least 2",
              "change them"),
             (max(self.vqa_batch + self.t2i_batch, self.tok_batch) <= 4096 and max(
@@ -195,7 +205,6 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             positive = field.name.endswith(("_steps", "tok_batch", "_every", "_prompts", "_questions", "_masks", "lr"))
-            rules.insert(0, (not isinstance(value, float) or math.isfinite(value), f"{field.name}={value}", "give a number"))
             rules.append((not positive or value > 0, f"{field.name}={value}", "give a number above 0"))
         for ok, what, fix in rules:
             if not ok:
@@ -1705,8 +1714,8 @@ class Run:
 
     Every write goes to a temporary file first and is renamed, so a crash never leaves half a file; the log grows by lines.
     """
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, pulled: bool = False):
+        self.folder, self.pulled = folder, pulled  # pulled: in the cache of the Hub, only to be read
 
     def write(self, name: str, data: bytes) -> None:
         path = self.folder / name
@@ -1999,8 +2008,112 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
         evaluate(run, device)
     print(show(run))
 
+@contextlib.contextmanager
+def hub(task: str):
+    """huggingface_hub, imported late, quiet and impatient; whatever goes wrong in it becomes one line."""
+    import huggingface_hub as hf
+    from huggingface_hub import errors, utils
+    utils.logging.set_verbosity(utils.logging.CRITICAL)                  # what matters comes as an exception
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    # most of its requests have no timeout and would wait for a silent server for ever; a large commit may take it a while
+    hf.get_session().event_hooks["request"].append(lambda request: request.extensions.update(timeout={
+        what: seconds or (10 if what == "connect" else 60) for what, seconds in request.extensions["timeout"].items()}))
+    try:
+        yield hf
+    except UserError:
+        raise
+    except Exception as e:                         # its own errors, those of HTTP, of locks, of disks, …
+        while e.__cause__ and not isinstance(e, errors.HfHubHTTPError):
+            e = e.__cause__
+        login, said = "log in with: hf auth login", f"{type(e).__name__}: {e}"
+        if isinstance(e, errors.HfHubHTTPError):
+            said = f"HTTP {e.response.status_code}, {e.server_message or 'no reason given'}"
+        raise UserError(f"{task}: " + next(line for kind, line in [
+            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and a copy in the cache does not suffice; unset it"),
+            (errors.GatedRepoError, f"it is gated; ask for access on its page and {login}"),
+            (errors.RepositoryNotFoundError, f"it is not there, or private; check the name, or {login}"),
+            (errors.RevisionNotFoundError, "it has no such revision; correct what follows the @, or leave it out"),
+            (errors.HfHubHTTPError, f"{said}; try later, or {login}"),
+            (errors.HFValidationError, f"{e}; give user/repo"),
+            (Exception, f"{said}; check the network and HF_ENDPOINT")] if isinstance(e, kind))) from None
+
+HUB_NAME = re.compile(r"(?!runs/|.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")        # user/repo, user/repo@revision
+
+def on_hub(name: str) -> bool:
+    """Whether a name is one on the Hugging Face Hub; where there is a folder `user`, user/repo is a path."""
+    return bool(HUB_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
+
+def pull(name: str, kind: str) -> Path:
+    """The folder of a "model" (a run) or "dataset" on the Hub: up to date, or what the cache has if the Hub is out of reach."""
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name on the Hub; give user/repo or user/repo@revision")
+    repo, _, revision = name.partition("@")
+    stages = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *PROXIES)]   # and not the gigabytes of some other model
+    with hub(f"cannot get the {kind} {name} from the Hub") as hf:
+        return Path(hf.snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=None if kind == "dataset"
+                                         else ["config.json", "report.*", "log.jsonl", "samples/*", *stages]))
+
+CARD = """---
+license: mit
+library_name: sgt
+tags: [unified-multimodal, "arxiv:2605.18714"]
+---
+# {name}
+
+A small unified multimodal model that answers questions about pictures, draws pictures from text and draws their segmentation,
+trained from scratch by "SGT in one file" after [arXiv 2605.18714](https://arxiv.org/abs/2605.18714).
+
+    python sgt.py --run {name} --ask picture.png "how many circles?"
+    python sgt.py --run {name} --generate "two red circles"
+
+![Scenes and prompts, as every model of the run draws them](samples/comparison.png)
+
+```
+{report}
+```
+
+Settings other than the defaults: {settings}
+"""
+
+def without_places(text: str, values) -> str:
+    """A text without the folders of this machine that settings name: coco:/home/me/photos becomes coco:photos."""
+    for place in (value.partition(":")[2] or value for value in values):
+        if len(Path(place).parts) > 1 and not on_hub(place):
+            for written in (lambda t: json.dumps(t)[1:-1], str):
+                text = text.replace(written(place), written(Path(place).name))
+    return text
+
+def push(run: Run, name: str, public: bool) -> None:
+    """Publish a finished run on the Hub in one commit: settings, weights, report and a model card."""
+    if "@" in name or not HUB_NAME.fullmatch(name):
+        raise UserError(f"--push {name!r} is no name on the Hub; give user/repo")
+    cfg, texts = run.config(), ["config.json", "report.json", "report.md", "report.html"]
+    stages = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *cfg.arms)]
+    files = {file: run.folder / file for file in [*texts, *stages, "samples/comparison.png"]}
+    for file, path in files.items():
+        if not path.exists():
+            raise UserError(f"{run.folder} is not finished, {file} is missing; go on with: python sgt.py --train")
+    files.update({file: files[file].read_text(encoding="utf-8") for file in texts})
+    changed = {f.name: str(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)
+               if f.name not in NOT_PART_OF_A_RUN and getattr(cfg, f.name) != f.default}
+    settings = " ".join(f"`{flag(k)} {v}`" for k, v in changed.items()) or "none"
+    files["README.md"] = CARD.format(name=name, report=files["report.md"].strip(), settings=settings)
+    files.update({file: without_places(files[file], changed.values()).encode() for file in ["README.md", *texts]})
+    with hub(f"cannot publish {run.folder} as {name}") as hf:
+        if not hf.get_token():
+            raise UserError("publishing needs a Hugging Face token; log in with: hf auth login")
+        url = hf.create_repo(name, private=not public, exist_ok=True)
+        if bool(hf.model_info(name).private) == public:              # it was there before
+            raise UserError(f"{name} is there and is {'private' if public else 'public'}; change that on its page, or give another "
+                            f"name, or {'leave out' if public else 'add'} --public")
+        commit = hf.create_commit(name, [hf.CommitOperationAdd(*file) for file in files.items()], commit_message="A run of SGT")
+    print(f"published {run.folder} at {url} ({'public' if public else 'private'}), commit {commit.oid}")
+
 def find_run(name: str | None) -> Run:
-    """A run by folder or by name under runs/; without a name the newest."""
+    """A run by folder, by name under runs/ or by name on the Hub; without a name the newest."""
+    if name and on_hub(name):
+        return Run(pull(name, "model"), pulled=True)
     if name:
         return Run(Path(name) if (Path(name) / "config.json").exists() or Path(name).name != name else Path("runs") / name)
     found = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
@@ -2042,17 +2155,20 @@ def save_picture(image: Image.Image, path: str) -> None:
         raise UserError(f"cannot write {path} ({e}); choose another --out") from None
 
 def use(args: argparse.Namespace, given: dict) -> None:
-    """The three verbs on a trained run."""
+    """The four verbs on a trained run."""
     proxy = args.proxy or "instance"
     if proxy not in PROXIES or proxy == "none":
         raise UserError(f"there is no proxy {proxy!r} to draw; choose from {', '.join(n for n in PROXIES if n != 'none')}")
-    useless = sorted(set(given) - {"seed", "guidance", "sample_steps", "temperature", "token_temperature", "device",
-                                  "threads"})
-    useless += [name for name, idle in (("base", True), ("preset", True), ("proxy", args.segment is None),
-                                        ("out", args.ask is not None)) if idle and getattr(args, name)]
+    pushed = args.push is not None
+    useless = sorted(set(given) - (set() if pushed else {"seed", "guidance", "sample_steps", "temperature", "token_temperature",
+                                                         "device", "threads"}))
+    useless += [name for name, idle in (("base", True), ("preset", True), ("proxy", args.segment is None), ("model", pushed), (
+        "out", args.ask is not None or pushed), ("public", not pushed)) if idle and getattr(args, name)]
     if useless:
         raise UserError(f"{flag(useless[0])} has no effect here; leave it out")
     run = find_run(args.run)
+    if pushed:
+        return push(run, args.push, args.public)
     wanted = dataclasses.replace(run.config(), **{"seed": 0, "device": "auto", **given})
     wanted.validate()
     torch.set_num_threads(wanted.threads or torch.get_num_threads())
@@ -2098,8 +2214,10 @@ def parser() -> Parser:
     p.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
     p.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question about a picture")
     p.add_argument("--segment", metavar="IMAGE", help="draw the instance segmentation (or --proxy NAME) of a picture")
-    p.add_argument("--run", metavar="RUN", help="folder of a run, or its name under runs/; default: the preset's name to "
-                   "train, the newest run to use")
+    p.add_argument("--push", metavar="USER/REPO", help="publish a finished run on the Hugging Face Hub, privately")
+    p.add_argument("--public", action="store_true", help="with --push: for everyone")
+    p.add_argument("--run", metavar="RUN", help="folder of a run, its name under runs/, or user/repo[@revision] on the Hub to "
+                   "use it; default: the preset's name to train, the newest run to use")
     p.add_argument("--preset", choices=sorted(PRESETS), help="size of everything; default: tiny on a CPU, base on a GPU")
     p.add_argument("--base", metavar="RUN", help="with --train: take tokenizer and base model from this run, train other arms")
     p.add_argument("--model", metavar="NAME", help="which model of the run to use: base, none (SFT), instance (SGT), …")
@@ -2120,16 +2238,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         given = {k[4:]: v for k, v in vars(args).items() if k.startswith("cfg_")}
-        verbs = [v for v in ("train", "generate", "ask", "segment") if getattr(args, v) not in (None, False)]
+        verbs = [v for v in ("train", "generate", "ask", "segment", "push") if getattr(args, v) not in (None, False)]
         if len(verbs) != 1:
             raise UserError(f"got {' and '.join(map(flag, verbs)) or 'nothing to do'}; "
-                            "give one of --train, --generate, --ask, --segment (see --help)")
+                            "give one of --train, --generate, --ask, --segment, --push (see --help)")
         if args.train:
             gpu, photos = torch.cuda.is_available() and given.get("device") != "cpu", given.get("data", "scenes") != "scenes"
             preset = args.preset or (("coco" if photos else "base") if gpu else ("coco-tiny" if photos else "tiny"))
             if not args.preset:
                 print(f"preset {preset}: the default {'on a GPU' if gpu else 'without a CUDA GPU'}" + " for photographs" * photos)
-            for name in ("model", "proxy", "out"):
+            for name in ("model", "proxy", "out", "public"):
                 if getattr(args, name):
                     raise UserError(f"{flag(name)} is for using a run, not for --train"
                                     + ("; did you mean --proxies?" if name == "proxy" else "; leave it out"))
@@ -2137,6 +2255,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"the preset {preset} is for photographs; add --data coco:DIR, or choose another")
             cfg = Config(**{**PRESETS[preset], **given})
             cfg.validate()
+            if args.run and on_hub(args.run):
+                raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; for one say ./{args.run}")
             run = find_run(args.run or (Path(cfg.data.partition(":")[2]).stem if photos else "") or preset)
             train(cfg, run, find_run(args.base) if args.base else None)
         else:

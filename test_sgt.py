@@ -2,7 +2,9 @@
 
 Names are sentences; each docstring names the bug that the test would catch.
 """
+import base64
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -11,7 +13,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +67,8 @@ def test_every_preset_is_valid_and_every_setting_has_a_help_text():
     ("proxies", "none,sky", "sky"), ("proxies", "none,none", "once"), ("lr", float("nan"), "lr"), ("lr", 0.0, "lr"),
     ("base_steps", -1, "base_steps"), ("device", "tpu", "device"), ("schedule", "later", "schedule"), ("seed", -1, "seed"),
     ("seed", 10**20, "seed"), ("threads", -1, "threads"), ("patch", 0, "patch"), ("see_patch", 0, "see_patch"),
-    ("arm_scenes", 1, "arm_scenes"), ("vqa_batch", 5000, "4096"), ("head_dim", 4, "head_dim"), ("max_objects", 1, "max_objects"), ("colors", 2, "colors"), ("tok_reach", 0, "tok_reach"), ("device", "cuda:999", "device")])
+    ("arm_scenes", 1, "arm_scenes"), ("vqa_batch", 5000, "4096"), ("head_dim", 4, "head_dim"), ("max_objects", 1, "max_objects"), ("colors", 2, "colors"), ("tok_reach", 0, "tok_reach"), ("device", "cuda:999", "device"),
+    ("width", 2**30, "weights"), ("sample_steps", 10**6, "sample_steps"), ("depth", 10**400, "depth"), ("patch", 4.0, "patch"), ("device", 1, "device")])
 def test_a_setting_that_cannot_work_is_refused_with_its_name(field, value, says):
     """A crash deep inside torch, an hour later."""
     with pytest.raises(sgt.UserError, match=says):
@@ -731,8 +736,9 @@ def test_runs_of_other_settings_become_a_sweep_and_never_an_average():
 
 # ---- the command line --------------------------------------------------------------------------------------
 
-def command(*args, cwd, script="sgt.py"):
-    return subprocess.run([sys.executable, str(HERE / script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+def command(*args, cwd, script="sgt.py", **env):
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **env})
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -890,6 +896,123 @@ def test_a_terminated_run_says_so_and_goes_on(tmp_path):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [line["step"] for line in lines if line["stage"] == "tokenizer"]
     assert steps == sorted(set(steps)) and steps[-1] == 59
+
+# ---- the Hub -----------------------------------------------------------------------------------------------
+
+class FakeHub(BaseHTTPRequestHandler):
+    """What huggingface_hub needs of the Hub to push and pull: files in memory, one revision for each commit, no Xet."""
+    protocol_version = "HTTP/1.1"
+
+    def respond(self):
+        body, hub, data, status, head = self.rfile.read(int(self.headers["Content-Length"] or 0)), self.server, {}, 200, {}
+        hub.sent.append(body)
+        path = re.sub("^/api/models|^/api/datasets|^/datasets", "", self.path.split("?")[0])
+        name, verb, rest = re.fullmatch(r"/([\w-]+/[\w-]+)(?:\.git)?/?([\w-]*)/?(.*)", path).groups()
+        commits = hub.repos.get(name, {})
+        if name == "api/repos":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            status, data = 409 if name in hub.repos else 200, {"url": f"{hub.url}/{name}"}
+            hub.repos.setdefault(name, {"0" * 40: {}})
+            hub.private.setdefault(name, asked.get("visibility") == "private")
+        elif name.startswith("upload/"):
+            hub.uploads[name[7:]] = body
+        elif name.startswith("api/"):                             # checks the card: nothing to say
+            pass
+        elif not commits:
+            status, head = 404, {"X-Error-Code": "RepoNotFound"}
+        elif verb in ("", "revision"):
+            sha = list(commits)[-1] if rest in ("", "main") else rest
+            data = {"id": name, "sha": sha, "private": hub.private[name]}
+            status, head = (200, {}) if sha in commits else (404, {"X-Error-Code": "RevisionNotFound"})
+        elif verb == "preupload":
+            mode = lambda file: "lfs" if file.endswith(("safetensors", "png")) else "regular"
+            data = {"files": [{"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False} for f in json.loads(body)["files"]]}
+        elif verb == "info":
+            data = {"objects": [{**o, "actions": {"upload": {"href": f"{hub.url}/upload/{o['oid']}"}}} for o in json.loads(body)["objects"]]}
+        elif verb == "commit":
+            values = [(line["key"], line["value"]) for line in map(json.loads, body.splitlines())]
+            commits[sha := hashlib.sha1(body).hexdigest()] = {
+                v["path"]: base64.b64decode(v["content"]) if key == "file" else hub.uploads[v["oid"]] for key, v in values if "path" in v}
+            data = {"commitUrl": f"{hub.url}/{name}/commit/{sha}", "commitOid": sha}
+        elif verb == "tree":
+            data = [{"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for p, d in commits[rest].items()]
+        elif verb == "resolve":
+            sha, _, file = rest.partition("/")
+            data = commits[sha][file]
+            head = {"X-Repo-Commit": sha, "ETag": hashlib.sha1(data).hexdigest()}
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
+        self.send_response(status)
+        for key, value in {**head, "Content-Length": len(data)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(data if self.command != "HEAD" else b"")
+
+    do_GET = do_HEAD = do_POST = do_PUT = respond
+    log_message = lambda *_: None
+
+@pytest.fixture(scope="module")
+def hub(trained, tmp_path_factory):
+    """A Hub to which the smoke run has been pushed, and the environment that leads to it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.repos, server.private, server.uploads, server.sent = {}, {}, {}, []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_TOKEN": "hf_secret",
+                  "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    pushed = command("--push", "user/repo", "--run", "smoke", cwd=trained[0], **server.env)
+    assert pushed.returncode == 0 and "(private)" in pushed.stdout and not pushed.stderr, pushed.stderr
+    yield server
+    server.shutdown()
+
+def test_a_pushed_run_comes_back_to_the_bit_and_takes_nothing_along(hub, trained, tmp_path):
+    """Weights that change on the way; a run published to everyone; a path, a token or a half-done stage among what is published."""
+    original, [_, (sha, files)] = contents(trained[0] / "runs/smoke"), hub.repos["user/repo"].items()
+    stages = {f"{stage}.safetensors" for stage in ("tokenizer", "base", "none", "instance")}
+    assert set(files) == stages | {"README.md", "config.json", "report.json", "report.md", "report.html", "samples/comparison.png"}
+    assert hub.private["user/repo"] and all(original[file] == data for file, data in files.items() if file != "README.md")
+    assert not any(secret in data for secret in (b"hf_secret", str(trained[0]).encode()) for data in hub.sent)
+    card = files["README.md"].decode()
+    assert original["report.md"].decode().strip() in card and "--run user/repo --ask" in card and "`--width 64`" in card
+    hub.repos["user/repo"][sha]["model-00001-of-00099.safetensors"] = b"of another model, and large"
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    asked = [command("--run", run, "--ask", tmp_path / "a.png", "what color is it?", cwd=cwd, **hub.env)
+             for run, cwd in (("smoke", trained[0]), ("user/repo", tmp_path), (f"user/repo@{sha}", tmp_path))]
+    assert asked[0].stdout and len({a.stdout for a in asked}) == 1 and not any(a.stderr for a in asked)
+    snapshot, = Path(hub.env["HF_HOME"]).glob("hub/models--user--repo/snapshots/*")
+    assert contents(snapshot) == {file: data for file, data in files.items() if file != "README.md" and "of" not in file}
+
+def test_settings_lose_the_folders_that_they_name(monkeypatch, tmp_path):
+    """The name of a person, in the path of their photographs, published with the weights."""
+    monkeypatch.chdir(tmp_path)
+    values = ["coco:/home/Jürgen/photos/", "coco:user/repo@v1", "0.5", "/", "coco:."]
+    text = json.dumps({"data": values[0], "hub": values[1]}) + " / 0.5 " + values[0]
+    assert sgt.without_places(text, values) == '{"data": "coco:photos", "hub": "coco:user/repo@v1"} / 0.5 coco:photos'
+
+def test_whatever_goes_wrong_between_here_and_the_hub_is_one_line(hub, trained, tmp_path):
+    """A traceback; a wait for minutes; a copy in the cache that is not used; a published fragment of a run."""
+    (tmp_path / "half/samples").mkdir(parents=True)
+    (tmp_path / "half/config.json").write_bytes((trained[0] / "runs/smoke/config.json").read_bytes())
+    (tmp_path / "all.py").write_text("import json, sys, eval, sgt\nfor args in json.loads(sys.argv[1]):\n"
+                                     "    print((eval if args[0] == 'user/repo' else sgt).main(args), file=sys.stderr)")
+    smoke, use = str(trained[0] / "runs/smoke"), lambda name: ["--run", name, "--generate", "a ring"]
+    cases = [({}, [(["user/repo"], None), (["user/repo", "--again"], "measure a copy"), (use("user/none"), "not there"),
+                   (use("user/repo@v9"), "revision"), (use("user/a--b"), "give user/repo"),
+                   (["--push", "user/new", "--run", str(tmp_path / "half")], "not finished"),
+                   (["--push", "user/repo", "--run", smoke, "--public"], "is private"), (["--push", "user/new@v1", "--run", smoke], "no name"),
+                   (["--train", "--preset", "smoke", "--run", "user/repo"], "./user/repo")]),
+             ({"HF_TOKEN": ""}, [(["--push", "user/new", "--run", smoke], "log in")]),
+             ({"HF_ENDPOINT": "http://127.0.0.1:9"}, [(use("user/repo"), None), (use("user/none"), "refused"), (use("runs/a"), "no readable"),
+                                                      (["--push", "user/new", "--run", smoke], "refused")]),
+             ({"HF_HUB_OFFLINE": "1"}, [(use("user/repo"), None), (use("user/none"), "OFFLINE")])]
+    for env, asked in cases:
+        began = time.perf_counter()
+        said = command(json.dumps([args for args, _ in asked]), cwd=tmp_path, script=tmp_path / "all.py", PYTHONPATH=str(HERE),
+                       **{**hub.env, **env}).stderr.splitlines()
+        expected = [line for _, says in asked for line in (["0"] if says is None else [says, "2"])]
+        assert len(said) == len(expected) and all(map(str.__contains__, said, expected)), said
+        assert time.perf_counter() - began < 30
+    assert set(hub.repos) == {"user/repo"}
 
 def test_the_readme_tells_the_length_of_every_file():
     """A file map that has gone stale."""
