@@ -324,16 +324,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = ""
 
 # ---- 4. Memory and graphs: the key-value cache, recorded steps -------------------------------------------------
 
-class KVCache:
+class KVCache(NamedTuple):
     """Keys and values of one layer in buffers of fixed shape (B, H, length, D), filled from the left."""
-    def __init__(self, batch: int, heads: int, length: int, dim: int, like: Tensor):
-        self.k, self.v = like.new_zeros(2, batch, length, heads, dim).transpose(2, 3)
+    k: Tensor
+    v: Tensor
 
-    def put(self, k: Tensor, v: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written."""
+    def put(self, k: Tensor, v: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written. Where `at` is
+        a () tensor, which a recorded graph can count up, return everything: the layout must hide what is not written.
+        """
+        if isinstance(at, Tensor):
+            columns = at + torch.arange(k.shape[2], device=at.device)
+            return self.k.index_copy_(2, columns, k), self.v.index_copy_(2, columns, v)
         end = at + k.shape[2]
         self.k[:, :, at:end], self.v[:, :, at:end] = k, v
         return self.k[:, :, :end], self.v[:, :, :end]
+
+GRAPHS = os.environ.get("SGT_GRAPHS") != "0"      # SGT_GRAPHS=0 records nothing; the benchmark swaps it
+
+def records(device: torch.device) -> bool:
+    return GRAPHS and device.type == "cuda"
 
 class GraphedStep:
     """A function of (nested) tensors, recorded once as a CUDA graph and then replayed: one launch in place of thousands, which is
@@ -341,16 +351,22 @@ class GraphedStep:
 
     The first three calls for given shapes are plain (and real: a training step trains), the fourth records. What
     varies between calls must be in the tensors that are passed, the learning rate too, and nothing inside may ask the
-    GPU for a value. Results live in the graph's memory: the next call overwrites them.
+    GPU for a value. A module may be passed too: the graph knows its weights by address, so they must be changed in place,
+    and others are another graph; anything else is a constant. Results live in the graph's memory: the next call
+    overwrites them. One that is passed to the next call, where it was changed in place, is not copied: such a
+    tensor, a key-value cache, is memory that lasts.
     """
     def __init__(self, function):
         self.function, self.calls, self.graphs, self.side = function, {}, {}, None
 
     def __call__(self, *inputs):
         leaves, spec = tree_flatten(inputs)
-        if not leaves[0].is_cuda:
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if not records(tensors[0].device):
             return self.function(*inputs)
-        key = tuple(x.shape if isinstance(x, Tensor) else x for x in leaves)
+        known_by = lambda x: ((x.shape, x.dtype) if isinstance(x, Tensor) else
+                              tuple(w.data_ptr() for w in (*x.parameters(), *x.buffers())) if isinstance(x, nn.Module) else x)
+        key = CHOSEN, BF16, spec, *map(known_by, leaves)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:                          # a graph must not be the first to load a kernel
             self.side = self.side or torch.cuda.Stream()
@@ -361,19 +377,19 @@ class GraphedStep:
             return out
         if key not in self.graphs:
             graph, static = torch.cuda.CUDAGraph(), [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            try:
-                with torch.cuda.graph(graph):
+            try:                  # thread_local: what NCCL's thread asks of the GPU meanwhile is no mistake of the recording
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     out = self.function(*tree_unflatten(static, spec))
-                self.graphs[key] = graph, static, out
+                # without the modules: a model that holds its own graphs must not be held by them
+                self.graphs[key] = graph, [x for x in static if isinstance(x, Tensor)], out
             except RuntimeError as e:              # something inside cannot be recorded: as slow as without, no worse
                 print(f"no CUDA graph ({' '.join(str(e).split()):.120}); launching every kernel")
                 self.graphs[key] = None
         if self.graphs[key] is None:
             return self.function(*inputs)
         graph, static, out = self.graphs[key]
-        for place, value in zip(static, leaves):
-            if isinstance(value, Tensor):
-                place.copy_(value)
+        for place, value in zip(static, tensors):
+            place.copy_(value)                                        # nothing to do where they are the same tensor
         graph.replay()
         return out
 

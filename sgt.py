@@ -53,7 +53,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import GraphedStep, KVCache, Layout, Optimizer, attention, compiled, compute_dtype, write_document
+from kernels import GraphedStep, KVCache, Layout, Optimizer, attention, compiled, compute_dtype, records, write_document
 
 class UserError(Exception):
     """A mistake of the person at the keyboard: printed as one line, exit code 2."""
@@ -743,8 +743,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
-def grid_positions(G: int) -> Tensor:
-    line = torch.arange(G)
+def grid_positions(G: int, device: torch.device | None = None) -> Tensor:
+    line = torch.arange(G, device=device)
     return torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(G * G, 2)           # (N, 2)
 
 class Block(nn.Module):
@@ -757,7 +757,8 @@ class Block(nn.Module):
         self.up = matrix(4 * width, width)
         self.down = matrix(width, 4 * width, gain=0.0)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None = None, at: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None = None,
+                at: int | Tensor = 0) -> Tensor:
         """x (B, S, D) → (B, S, D). With a cache, the S rows continue what columns [0, at) of the cache hold."""
         B, S, D = x.shape
         qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
@@ -877,6 +878,8 @@ class UnifiedModel(nn.Module):
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
         self.text_head = nn.Parameter(torch.zeros(len(TEXT), D))  # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
+        # recorded by a GPU for each shape that they are called with, and forgotten together with the model
+        self.begin, self.decode, self.refine = map(GraphedStep, (begin, decode, refine))
 
     def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None) -> Tensor:
         """ids, slots (B, S) → (B, S, D); understanding features go to the flat places patch_at."""
@@ -886,7 +889,7 @@ class UnifiedModel(nn.Module):
         # features and positions on one scale, or the model stays blind to place
         return norm(x + F.embedding(slots, self.place))
 
-    def trunk(self, x: Tensor, positions: Tensor, layout: Layout, caches: list[KVCache] | None = None, at: int = 0,
+    def trunk(self, x: Tensor, positions: Tensor, layout: Layout, caches: list[KVCache] | None = None, at: int | Tensor = 0,
               block=Block.forward) -> Tensor:
         cos, sin = rotary_table(positions, self.cfg.head_dim)                               # (B, 1, S, D/H/2)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -1022,25 +1025,81 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
 
 # ==== 8. Sampling: answers and pictures =====================================================================
 
-def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int):
-    """Run the condition once. Returns its last hidden state (B, D), caches with room for more, its length L, start (B,).
+BUCKET = 16         # where graphs are recorded, one for each length of the condition, lengths are multiples of this
 
-    The condition never sees what follows it, so its keys and values stay valid for every later step.
-    """
-    cfg, device, U = model.cfg, model.embed.device, 0 if image is None else model.cfg.patches
-    L = U + max(map(len, texts))
-    rows = Rows(cfg, len(texts), L)
-    for b, text in enumerate(texts):                                  # all conditions end at column L
+class Condition(NamedTuple):
+    """What is read before anything is written: B rows [patches] text that all end at column L."""
+    ids: Tensor                       # (B, L), as in a Batch
+    slots: Tensor                     # (B, L)
+    positions: Tensor                 # (B, L, 2)
+    layout: Layout                    # 4 × (B, L)
+    images: Tensor | None             # (B, 3, P, P)
+    patch_at: Tensor | None           # (B·U,)
+
+def condition(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, multiple: int = 1) -> Condition:
+    """Texts (and images (B, 3, P, P) that come before them) as rows, padded on the left to a multiple of some length."""
+    device, U = model.embed.device, 0 if image is None else model.cfg.patches
+    L = -(-(U + max(map(len, texts))) // multiple) * multiple
+    rows = Rows(model.cfg, len(texts), L)
+    for b, text in enumerate(texts):
         rows.add(b, L - U - len(text), text, patches=image is not None)
     ids, slots, positions, layout = (x.to(device) for x in rows.tensors())
-    patch_at = torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None
-    dtype = compute_dtype(device)
-    x = model.embed_rows(ids, slots, model.see(image.to(dtype)) if U else None, patch_at).to(dtype)
-    caches = [KVCache(len(x), cfg.width // cfg.head_dim, L + room, cfg.head_dim, x) for _ in model.blocks]
-    h = model.trunk(x, positions, layout, caches)
-    return h[:, -1], caches, L, layout.lo[:, -1]
+    return Condition(ids, slots, positions, layout, image, torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None)
+
+def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tensor]:
+    """Run the condition once: its last hidden state (B, D), and its keys and values, with room for more columns behind
+    them, (layers, 2, B, H, L + room, D/H). It never sees what follows it, so they stay valid for every later step.
+    """
+    cfg, (B, L), dtype = model.cfg, seen.ids.shape, compute_dtype(seen.ids.device)
+    features = None if seen.images is None else model.see(seen.images.to(dtype))
+    x = model.embed_rows(seen.ids, seen.slots, features, seen.patch_at).to(dtype)
+    memory = x.new_zeros(cfg.depth, 2, B, L + room, cfg.width // cfg.head_dim, cfg.head_dim).transpose(3, 4)
+    return model.trunk(x, seen.positions, seen.layout, [KVCache(*m) for m in memory])[:, -1], memory
+
+def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int) -> tuple[Tensor, Tensor]:
+    return read(model, condition(model, texts, image), room)
 
 @torch.no_grad()
+def refine(model: UnifiedModel, tokenizer: VisionTokenizer, seen: Condition, noise: Tensor, guidance: float,
+           temperature: float, token_temperature: float, on_step=None) -> Tensor:
+    """The pictures (B, 3, P, P) of B conditions, or 2 B with the empty prompts behind them if guided. All that is random
+    is in noise (steps, 2, B, N): uniform for the tokens, Gumbel for their order. See `generate`.
+    """
+    cfg, device, V, (steps, _, B, N) = model.cfg, noise.device, len(TEXT), noise.shape
+    R, L = seen.ids.shape
+    caches = [KVCache(*m) for m in read(model, seen, N)[1]]
+    positions = grid_positions(cfg.grid, device).float().expand(R, N, 2)
+    slots = (cfg.image_slot + torch.arange(N, device=device)).expand(R, N)
+    lo = seen.layout.lo[:, -1:].expand(R, N)
+    layout = Layout(lo, torch.full_like(lo, L + N))
+    ids = torch.full((B, N), model.mask_id, device=device)
+    for step in range(steps):
+        is_masked = ids == model.mask_id                                                          # (B, N)
+        if on_step:
+            on_step(ids, is_masked)
+        x = model.embed_rows(ids.repeat(R // B, 1), slots, None, None).to(compute_dtype(device))
+        h = model.trunk(x, positions, layout, caches, L)                                          # (R, N, D)
+        if R > B:                        # the head is linear: guiding its input guides the logits, at half the price
+            conditional, empty = h.chunk(2)
+            h = empty + guidance * (conditional - empty)
+        sampled = temperature > 0 and token_temperature > 0
+        p = model.image_logits(h / token_temperature if sampled else h).softmax(-1)               # (B, N, K)
+        if sampled:                                                   # where the cumulated probability passes it
+            choice = (p.cumsum(-1) < noise[step, 0, ..., None]).sum(-1).clamp(max=cfg.codebook - 1)    # (B, N)
+        else:
+            choice = p.argmax(-1)
+        confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
+        ratio = (step + 1) / steps
+        confidence = confidence + temperature * (1 - ratio) * noise[step, 1]
+        confidence = confidence.masked_fill(~is_masked, math.inf)     # what was kept stays kept
+        still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)         # how many stay masked
+        ids = torch.where(is_masked, V + choice, ids)
+        if still:
+            ids = ids.scatter(1, confidence.topk(still, largest=False).indices, model.mask_id)
+    if on_step:
+        on_step(ids, ids == model.mask_id)
+    return tokenizer.decode(ids - V)
+
 def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[int]], image: Tensor | None = None, *,
              guidance: float = 1.0, steps: int | None = None, temperature: float | None = None, seed: int = 0,
              on_step=None) -> Tensor:
@@ -1051,70 +1110,66 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     empty prompt: u + guidance · (c − u). `temperature` is the randomness in the order of unmasking, annealed to zero; 0
     also takes the likeliest tokens. `on_step(ids, is_masked)` is called before every step and at the end.
     """
-    cfg, device, V = model.cfg, model.embed.device, len(TEXT)
-    B, N = len(texts), cfg.tokens
-    steps = steps or cfg.sample_steps
+    cfg, device, shape = model.cfg, model.embed.device, (len(texts), model.cfg.tokens)
     temperature = cfg.temperature if temperature is None else temperature
-    guided = guidance != 1.0
-    rows = texts + [[Text.BOS]] * B if guided else texts             # condition and empty prompt in one batch
-    _, caches, L, start = prefill(model, rows, torch.cat([image, image]) if guided and image is not None else image, N)
-    R = len(rows)
-    positions = grid_positions(cfg.grid).to(device).float().expand(R, N, 2)
-    slots = (cfg.image_slot + torch.arange(N, device=device)).expand(R, N)
-    lo = start[:, None].expand(R, N)
-    layout = Layout(lo, torch.full_like(lo, L + N))
-    ids = torch.full((B, N), model.mask_id, device=device)
+    if guidance != 1.0:                                              # condition and empty prompt in one batch
+        texts, image = texts + [[Text.BOS]] * len(texts), image if image is None else torch.cat([image, image])
     g = torch.Generator(device).manual_seed(seed)
-    gumbel = lambda *shape: -torch.empty(shape, device=device).exponential_(generator=g).log()
-    for step in range(steps):
-        is_masked = ids == model.mask_id                                                          # (B, N)
-        if on_step:
-            on_step(ids, is_masked)
-        x = model.embed_rows(ids.repeat(R // B, 1), slots, None, None).to(compute_dtype(device))
-        h = model.trunk(x, positions, layout, caches, L)                                          # (R, N, D)
-        if guided:                       # the head is linear: guiding its input guides the logits, at half the price
-            conditional, empty = h.chunk(2)
-            h = empty + guidance * (conditional - empty)
-        sampled = temperature > 0 and cfg.token_temperature > 0
-        p = model.image_logits(h / cfg.token_temperature if sampled else h).softmax(-1)           # (B, N, K)
-        if sampled:                                                   # where the cumulated probability passes u
-            u = torch.rand(B, N, 1, device=device, generator=g)
-            choice = (p.cumsum(-1) < u).sum(-1).clamp(max=cfg.codebook - 1)                       # (B, N)
-        else:
-            choice = p.argmax(-1)
-        confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
-        ratio = (step + 1) / steps
-        confidence = confidence + temperature * (1 - ratio) * gumbel(B, N)
-        confidence = confidence.masked_fill(~is_masked, math.inf)     # what was kept stays kept
-        still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)         # how many stay masked
-        ids = torch.where(is_masked, V + choice, ids)
-        if still:
-            ids.scatter_(1, confidence.topk(still, largest=False).indices, model.mask_id)
-    if on_step:
-        on_step(ids, ids == model.mask_id)
-    return tokenizer.decode(ids - V)
+    uniform = lambda: torch.rand(shape, device=device, generator=g)
+    gumbel = lambda: -torch.empty(shape, device=device).exponential_(generator=g).log()
+    draw = lambda: torch.stack([uniform() if temperature and cfg.token_temperature else torch.zeros(shape, device=device), gumbel()])
+    noise = torch.stack([draw() for _ in range(steps or cfg.sample_steps)])                       # (steps, 2, B, N)
+    seen = condition(model, texts, image, BUCKET if records(device) and not on_step else 1)
+    settings = seen, noise, guidance, temperature, cfg.token_temperature
+    if on_step:                                                       # a graph calls nobody
+        return refine(model, tokenizer, *settings, on_step)
+    return model.refine(model, tokenizer, *settings).clone()
+
+class Written(NamedTuple):
+    """Where the writing of B answers stands, in tensors that a recorded graph can carry on with."""
+    memory: Tensor                    # (layers, 2, B, H, columns, D/H) keys and values
+    start: Tensor                     # (B, 1) first column of each document
+    at: Tensor | int                  # () next column to fill
+    place: Tensor                     # (B, 1) place in the text of the token that comes there
+    token: Tensor                     # (B, 1) that token: the last one written
+    done: Tensor                      # (B, 1) whether an END has been written
 
 @torch.no_grad()
-def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int = 24) -> list[str]:
-    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache."""
-    cfg, device = model.cfg, model.embed.device
-    texts = [TEXT.encode(q) for q in questions]
-    limit = max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
-    h, caches, L, start = prefill(model, texts, image, limit)
-    B = len(texts)
-    place = torch.tensor([len(t) for t in texts], device=device)
-    out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-    for i in range(limit):
-        token = model.text_logits(h).argmax(-1).masked_fill(done, Text.END)                       # (B,)
+def begin(model: UnifiedModel, seen: Condition, place: Tensor, room: int) -> Written:
+    """Read questions whose texts have `place` (B, 1) tokens, and write the first token of each answer."""
+    h, memory = read(model, seen, room)
+    token, L = model.text_logits(h).argmax(-1, keepdim=True), seen.ids.shape[1]
+    at = torch.full((), L, device=h.device) if records(h.device) else L    # a number attends to less, but is a constant
+    return Written(memory, seen.layout.lo[:, -1:], at, place, token, token == Text.END)
+
+@torch.no_grad()
+def decode(model: UnifiedModel, w: Written, n: int) -> tuple[Tensor, Written]:
+    """Write n more tokens (B, n), END behind an END; the memory is changed in place."""
+    caches, out = [KVCache(*m) for m in w.memory], []
+    for _ in range(n):
+        x = model.embed_rows(w.token, model.cfg.text_slot + w.place, None, None).to(compute_dtype(w.token.device))
+        positions = (model.cfg.grid + w.place).float()[..., None].expand(-1, 1, 2)
+        layout = Layout(w.start, torch.zeros_like(w.start) + (w.at + 1))
+        h = model.trunk(x, positions, layout, caches, w.at)[:, 0]
+        token = model.text_logits(h).argmax(-1, keepdim=True).masked_fill(w.done, Text.END)
+        w = w._replace(at=w.at + 1, place=w.place + 1, token=token, done=w.done | (token == Text.END))
         out.append(token)
-        done = done | (token == Text.END)
-        if bool(done.all()) or i == limit - 1:
-            break
-        slots = cfg.text_slot + place[:, None] + i
-        positions = (cfg.grid + place + i).float()[:, None, None].expand(B, 1, 2)
-        x = model.embed_rows(token[:, None], slots, None, None).to(compute_dtype(device))
-        h = model.trunk(x, positions, Layout(start[:, None], torch.full_like(start[:, None], L + i + 1)), caches, L + i)[:, 0]
-    return [TEXT.decode(row) for row in torch.stack(out, 1).tolist()]
+    return torch.cat(out, 1), w
+
+def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int = 24) -> list[str]:
+    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache; a GPU writes a
+    few tokens before it is asked whether all answers have ended.
+    """
+    cfg, device, texts = model.cfg, model.embed.device, [TEXT.encode(q) for q in questions]
+    room, limit = limit, max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
+    bucket, chunk = (BUCKET, 8) if records(device) else (1, 1)
+    place = torch.tensor([[len(t)] for t in texts], device=device)
+    written = model.begin(model, condition(model, texts, image, bucket), place, room)
+    out = written.token.tolist()
+    while len(out[0]) < limit and not all(Text.END in row for row in out):
+        tokens, written = model.decode(model, written, min(chunk, limit - len(out[0])))
+        out = [row + more for row, more in zip(out, tokens.tolist())]
+    return [TEXT.decode(row) for row in out]
 
 # ==== 9. Training: one loop, the run folder =================================================================
 

@@ -512,10 +512,11 @@ def test_the_cached_condition_gives_what_the_whole_sequence_gives(exact):
     whole = model.trunk(x, batch.positions, batch.layout).flatten(0, 1)
     want = whole[batch.code_at].view(-1, CFG.tokens, CFG.width)[2:]                      # the proxy's targets
     texts = [batch.ids.flatten()[rows[0] - 6:rows[0]].tolist() for rows in batch.code_at.view(-1, CFG.tokens)[2:]]
-    _, caches, L, start = sgt.prefill(model, texts, batch.images[2:], CFG.tokens)
+    seen = sgt.condition(model, texts, batch.images[2:])
+    caches, L = [kernels.KVCache(*m) for m in sgt.read(model, seen, CFG.tokens)[1]], seen.ids.shape[1]
     rows = batch.code_at.view(-1, CFG.tokens)[2:]
     take = lambda a: a.flatten(0, 1)[rows]
-    lo = start[:, None].expand(2, CFG.tokens)
+    lo = seen.layout.lo[:, -1:].expand(2, CFG.tokens)
     target = model.embed_rows(take(batch.ids), take(batch.slots), None, None)
     got = model.trunk(target, take(batch.positions), kernels.Layout(lo, torch.full_like(lo, L + CFG.tokens)), caches, L)
     assert torch.allclose(got, want, atol=2e-5)
