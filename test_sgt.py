@@ -2,6 +2,7 @@
 
 Names are sentences; each docstring names the bug that the test would catch.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._pytree import tree_leaves, tree_map
 
 import eval as benchmark
 import kernels
@@ -536,6 +538,98 @@ def test_cached_answers_are_those_of_reading_everything_again(exact):
             if ids[-1] == Text.END:
                 break
         assert TEXT.decode(ids[len(TEXT.encode(question)):]) == fast[i]
+
+class Tape(torch.utils._python_dispatch.TorchDispatchMode):
+    """A CUDA graph on a CPU: what is recorded runs again on the same memory, without Python."""
+    def __init__(self):
+        super().__init__()
+        self.ops, self.replays = [], 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if not op.is_view:
+            self.ops.append((op, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for op, args, kwargs, out in self.ops:
+            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
+                if new is not old:                            # an operator in place returns what it changed
+                    old.copy_(new)
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Everything is recorded as if there were a GPU; the list of recordings."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Tape()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape, **kw: tape)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: type("Stream", (), {"wait_stream": lambda self, other: None})())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    for module in (kernels, sgt):
+        monkeypatch.setattr(module, "records", lambda device: kernels.GRAPHS)
+    return made
+
+def test_recorded_pictures_and_answers_are_those_of_plain_calls(tapes, exact, monkeypatch):
+    """A constant that was an input; a result that the next call overwrites; a cache, a weight or noise of another call."""
+    tokenizer, model = models()
+    model.image_head.data *= 50
+    model.text_head.data *= 50
+    image = sgt.render(CFG, sgt.sample_scenes(CFG, "val", np.arange(12))).image.view(6, 2, 3, 32, 32)
+    asked = [["how many red objects?", "is there a ring?"], ["where is the blue square from the red circle?", "what?"]]
+
+    def use(i):
+        if i == 4:                                            # trained on, in place
+            model.image_head.data += 0.5
+            model.text_head.data[Text.END] += 0.02
+        ids = [[1, 300 + i], [1, 301, 302][:3 - i % 2]]
+        return (sgt.generate(model, tokenizer, ids, guidance=2.0, seed=i), sgt.generate(model, tokenizer, ids, image[i], temperature=0.0),
+                sgt.answer(model, image[i], asked[i % 2], 21))
+    recorded = [use(i) for i in range(6)]
+    assert len(tapes) == 5 and min(tape.replays for tape in tapes) >= 3     # two of drawing, one to begin, of 8 tokens and of 4
+    tokenizer, model = models()
+    model.image_head.data *= 50
+    model.text_head.data *= 50
+    monkeypatch.setattr(kernels, "GRAPHS", False)
+    for i, (drawn, cut, said) in enumerate(recorded):
+        plain = use(i)
+        assert torch.allclose(drawn, plain[0], atol=1e-4) and torch.allclose(cut, plain[1], atol=1e-4) and said == plain[2], i
+        assert len(tapes) == 5
+
+class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a tensor of another device appears: a graph that reads the host's memory reads what is no longer there."""
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        assert all(x.is_meta for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)), op
+        return out
+
+def test_nothing_that_is_recorded_asks_for_a_value_or_touches_the_host(exact, monkeypatch):
+    """What cannot be recorded: a decision on data, a table that is made on the host. Meta tensors have no values to ask for."""
+    monkeypatch.setattr(sgt, "records", lambda device: True)
+    meta = lambda tree: tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, tree)
+    (tokenizer, model), image = models(), torch.rand(2, 3, 32, 32)
+    seen, asked = (meta(sgt.condition(model, [[300]] * 2 + [[1]] * i, x, 16)) for i, x in ((2, None), (0, image)))
+    noise, place = meta((torch.rand(4, 2, 2, CFG.tokens), torch.ones(2, 1, dtype=torch.long)))
+    tokenizer, model = tokenizer.to("meta"), model.to("meta")
+    with OneDevice():
+        for temperature in (0.0, 1.0):
+            assert sgt.refine(model, tokenizer, seen, noise, 2.0, temperature, 0.8).shape == (2, 3, 32, 32)
+        written = sgt.begin(model, asked, place, 9)
+        assert sgt.decode(model, written, 8)[0].shape == (2, 8)
+        for ask in (lambda: bool(written.done.all()), lambda: written.done + torch.ones(2, 1)):     # and this test can fail
+            with pytest.raises((RuntimeError, AssertionError)):
+                ask()
+
+@torch.no_grad()
+def test_a_condition_padded_to_a_common_length_is_the_same_condition(exact):
+    """Padding that is seen, or that moves what comes behind it."""
+    _, model = models()
+    image = sgt.render(CFG, sgt.sample_scenes(CFG, "val", np.arange(2))).image
+    tight, padded = (sgt.condition(model, [[300, 301, 302], [303]], image, multiple) for multiple in (1, 16))
+    assert tight.ids.shape[1] == 19 and padded.ids.shape[1] == 32
+    assert torch.allclose(sgt.read(model, tight, 0)[0], sgt.read(model, padded, 0)[0], atol=1e-5)
 
 # ---- training ----------------------------------------------------------------------------------------------
 
