@@ -453,6 +453,14 @@ class Optimizer:
                 slots.setdefault(int(i), {})[name] = value
         self.adam.load_state_dict({"state": slots, "param_groups": self.adam.state_dict()["param_groups"]})
 
+def average_gradients(module: nn.Module, world: int) -> None:
+    """The mean of the gradients of `world` processes, in one all-reduce of all of them as one vector. A graph can record it."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    torch.distributed.all_reduce(flat)
+    for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
+
 # ---- 6. Precision and compilation --------------------------------------------------------------------------
 
 # SGT_BF16=0 or 1 overrides what the hardware is good at; the benchmark swaps it.

@@ -53,7 +53,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import GraphedStep, KVCache, Layout, Optimizer, attention, compiled, compute_dtype, records, write_document
+from kernels import (GraphedStep, KVCache, Layout, Optimizer, attention, average_gradients, compiled, compute_dtype, records,
+                     write_document)
 
 class UserError(Exception):
     """A mistake of the person at the keyboard: printed as one line, exit code 2."""
@@ -1191,6 +1192,8 @@ def tokenizer_batch(cfg: Config, step: int) -> Tensor:
     target = PROXIES[drawn[step % len(drawn)]].target(cfg, pick(scenes, slice(half, None)), pick(r, slice(half, None)))
     return torch.cat([r.image[:half], target])
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # set by torchrun
+
 class Run:
     """A folder with everything about one training run: config.json, log.jsonl, weights, samples, report.
 
@@ -1200,6 +1203,8 @@ class Run:
         self.folder = folder
 
     def write(self, name: str, data: bytes) -> None:
+        if RANK:
+            return
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -1267,6 +1272,11 @@ NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every"}    # may diff
 ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr", "sample_steps", "guidance",
              "token_temperature", "temperature", "eval_questions", "eval_prompts", "eval_masks", "sample_every"}
 
+def together() -> None:
+    """Wait for the other processes, if there are any."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
 
@@ -1295,6 +1305,8 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
             p.grad = None
         parts = step_losses(batch)
         sum(weights[k] * v for k, v in parts.items()).backward()
+        if WORLD > 1:
+            average_gradients(module, WORLD)
         optimizer.step(scale)
         return {k: v.detach() for k, v in parts.items()}
     update = GraphedStep(update)
@@ -1304,14 +1316,16 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
         tensors.update({f"optimizer.{k}": v for k, v in optimizer.state().items()})
         run.save("state", tensors, stage=name, step=step)
 
-    if start == 0:
+    if start == 0 and not RANK:
         sample(0)
     stopped: list[int] = []
-    previous = {s: signal.signal(s, lambda number, frame: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    began, log = time.perf_counter(), open(run.folder / "log.jsonl", "a", buffering=1)
+    # several processes would stop at different steps: there a signal ends them, and the last checkpoint counts
+    previous = {s: signal.signal(s, lambda number, frame: stopped.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM) if WORLD == 1}
+    began, log = time.perf_counter(), open(os.devnull if RANK else run.folder / "log.jsonl", "a", buffering=1)
     try:
         with ThreadPoolExecutor(1) as ahead, tqdm(total=steps, initial=start, desc=name.ljust(14), unit="step",
-                                                  mininterval=1.0, dynamic_ncols=True) as bar:
+                                                  mininterval=1.0, dynamic_ncols=True, disable=RANK > 0) as bar:
             pending = None
             for step in range(start, steps):
                 batch = (pending.result() if pending else make(step)).to(device)
@@ -1330,14 +1344,16 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
                     bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()})
                     log.write(json.dumps({"stage": name, "step": step, **values,
                                           "seconds": round(time.perf_counter() - began, 2)}) + "\n")
-                if (step + 1) % cfg.sample_every == 0 or step + 1 == steps:
+                if not RANK and ((step + 1) % cfg.sample_every == 0 or step + 1 == steps):
                     sample(step + 1)
                 if step + 1 < steps and (stopped or (step + 1) % cfg.save_every == 0):
                     checkpoint(step + 1)
                     if stopped:
                         raise Interrupted(128 + stopped[0])
         run.save(name, module.state_dict(), stage=name, steps=steps)
-        (run.folder / "state.safetensors").unlink(missing_ok=True)
+        if not RANK:
+            (run.folder / "state.safetensors").unlink(missing_ok=True)
+        together()                                                    # the others go on when the file is there
     finally:
         log.close()
         for s, handler in previous.items():
@@ -1422,14 +1438,24 @@ def borrow(cfg: Config, run: Run, other: Run) -> None:
 
 def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     """Every stage in order, each skipped if its weights are there: tokenizer, base (both of `other` if that is given), the
-    arms, the report.
+    arms, the report. Of the W processes of torchrun, process r takes the batches W · step + r and the mean of all gradients.
     """
     from eval import evaluate, show
     device, why = choose_device(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    if WORLD > 1:
+        if cuda := device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    if RANK:                                                          # the first process writes and speaks for all
+        sys.stdout = open(os.devnull, "w")
+        together()
     if other:
         borrow(cfg, run, other)
     run.open(cfg)
+    if not RANK:
+        together()
     print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
     fast = compiled if cfg.compile and device.type != "mps" else lambda function: function
     block, loss = fast(Block.forward), fast(token_loss)
@@ -1437,6 +1463,7 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     val_r = render(cfg, val)
     seen = val_r.image.to(device)
 
+    own = lambda step: step * WORLD + RANK                            # the batch that this process takes
     torch.manual_seed(cfg.seed)
     tokenizer = VisionTokenizer(cfg).to(device)
     base = UnifiedModel(cfg).to(device)
@@ -1464,12 +1491,12 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
 
     if not run.done("tokenizer"):
         train_stage(run, cfg, "tokenizer", tokenizer, cfg.tok_steps, (cfg.lr, cfg.tok_adam_lr),
-                    lambda step: tokenizer_batch(cfg, step), lambda image: tokenizer_loss(tokenizer, image, block),
+                    lambda step: tokenizer_batch(cfg, own(step)), lambda image: tokenizer_loss(tokenizer, image, block),
                     sample_tokenizer)
     run.restore("tokenizer", tokenizer)
     if not run.done("base"):
         train_stage(run, cfg, "base", base, cfg.base_steps, (cfg.lr, cfg.adam_lr),
-                    lambda step: make_batch(cfg, "train", step, cfg.vqa_batch, cfg.t2i_batch),
+                    lambda step: make_batch(cfg, "train", own(step), cfg.vqa_batch, cfg.t2i_batch),
                     lambda batch: losses(base, tokenizer, batch, block, loss), lambda step: sample_model(base, "base", step))
     for arm in cfg.arms:
         if not run.done(arm):
@@ -1479,15 +1506,18 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
 
             def make(step: int) -> Batch:
                 if step < first:
-                    return make_batch(cfg, "arm", step, 0, 0, arm, samples)
-                return make_batch(cfg, "arm", step - first, cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
+                    return make_batch(cfg, "arm", own(step), 0, 0, arm, samples)
+                return make_batch(cfg, "arm", own(step - first), cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
 
             train_stage(run, cfg, arm, model, first + cfg.arm_steps, (cfg.arm_lr * cfg.lr, cfg.arm_lr * cfg.adam_lr),
                         make, lambda batch: losses(model, tokenizer, batch, block, loss),
                         lambda step: sample_model(model, arm, step), phases=2 if first else 1)
-    if not (run.folder / "report.json").exists():
-        evaluate(run, device)
-    print(show(run))
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+    if not RANK:
+        if not (run.folder / "report.json").exists():
+            evaluate(run, device)
+        print(show(run))
 
 def find_run(name: str | None) -> Run:
     """A run by folder or by name under runs/; without a name the newest."""

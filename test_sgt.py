@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -589,7 +590,9 @@ def test_recorded_pictures_and_answers_are_those_of_plain_calls(tapes, exact, mo
                 sgt.answer(model, image[i], asked[i % 2], 21))
     recorded = [use(i) for i in range(6)]
     assert len(tapes) == 5 and min(tape.replays for tape in tapes) >= 3     # two of drawing, one to begin, of 8 tokens and of 4
+    first = weakref.ref(model)
     tokenizer, model = models()
+    assert first() is None                                    # its recordings do not keep it
     model.image_head.data *= 50
     model.text_head.data *= 50
     monkeypatch.setattr(kernels, "GRAPHS", False)
@@ -661,6 +664,40 @@ def test_an_interrupted_stage_resumes_to_the_same_bits(tmp_path):
         logs.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
         assert not run.done("state")
     assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0]) and logs[0] == logs[1]
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import eval, kernels, sgt
+made, real, save = [], sgt.make_batch, sgt.Run.save
+sgt.make_batch = lambda cfg, split, step, *rest: made.append((split, step)) or real(cfg, split, step, *rest)
+def keep(run, name, tensors, **meta):
+    if name == "tokenizer":                          # the processes have met: the mean of two halves is the mean of the whole
+        line, x = torch.nn.Linear(3, 2, bias=False), torch.arange(12.0).view(4, 3)
+        torch.nn.init.ones_(line.weight)
+        line(x[2 * sgt.RANK:][:2]).square().mean().backward()
+        kernels.average_gradients(line, 2)
+        assert torch.allclose(line.weight.grad, torch.autograd.grad(line(x).square().mean(), line.weight)[0])
+    torch.save((dict(tensors), made), f"{name}.{sgt.RANK}.pt")
+    save(run, name, tensors, **meta)
+sgt.Run.save, eval.evaluate, eval.show = keep, lambda *args: None, lambda run: "finished"
+sys.exit(sgt.main(sys.argv[2:]))
+"""
+
+def test_two_processes_train_one_model_on_batches_of_their_own(tmp_path):
+    """Weights that drift apart; a batch that both see; a sum where a mean belongs; two processes that write one file."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py", str(HERE),
+                           "--train", "--preset", "smoke", "--device", "cpu", "--tok-steps", "3", "--base-steps", "4", "--arm-steps", "2",
+                           "--proxies", "depth", "--schedule", "sequential", "--save-every", "3"],
+                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("finished") == 1, done.stderr
+    for stage in ("tokenizer", "base", "depth"):
+        (ours, made), (theirs, others) = (torch.load(tmp_path / f"{stage}.{rank}.pt") for rank in (0, 1))
+        assert ours and all(torch.equal(ours[k], theirs[k]) for k in ours)
+        assert all(torch.equal(ours[k], v) for k, v in sgt.Run(tmp_path / "runs/smoke").load(stage)[0].items())
+    assert made == [("train", 2 * i) for i in range(4)] + [("arm", 2 * i) for i in (0, 1, 0, 1)]
+    assert others == [(split, step + 1) for split, step in made]
 
 # ---- benchmark ---------------------------------------------------------------------------------------------
 
