@@ -566,7 +566,7 @@ def check(cases: int = 6) -> int:
 
 def medians(variants: dict[str, object], seconds: float, device: torch.device) -> dict[str, float]:
     """Seconds a call of each function: the median of rounds in which all of them take turns, so that a busy machine
-    slows all alike. The first two calls of each (compilation, warm-up) do not count.
+    slows all alike. The first calls of each (compilation, warm-up, recording) do not count.
     """
     def timed(run) -> float:
         if device.type == "cuda":
@@ -577,7 +577,8 @@ def medians(variants: dict[str, object], seconds: float, device: torch.device) -
             torch.cuda.synchronize()
         return time.perf_counter() - start
     for run in variants.values():
-        run(), run()
+        for _ in range(5 if device.type == "cuda" else 2):
+            run()
     taken, began = {name: [] for name in variants}, time.perf_counter()
     while time.perf_counter() - began < seconds or len(next(iter(taken.values()))) < 3:
         for name, run in variants.items():
@@ -630,40 +631,50 @@ def bench(seconds: float, cfg=None) -> dict:
     scenes = sgt.sample_scenes(cfg, "val", np.arange(64))
     images, texts = sgt.render(cfg, scenes).image.to(device), [[sgt.TEXT.BOS] + sgt.TEXT.encode("two red circles")] * 64
 
-    def chosen(run, backend: str, bf16: bool | None = BF16):
+    def chosen(run, backend: str = CHOSEN, bf16: bool | None = BF16):
+        """With other choices, and without graphs."""
         def wrapped():
-            global CHOSEN, BF16
-            before, CHOSEN, BF16 = (CHOSEN, BF16), backend, bf16
+            global CHOSEN, BF16, GRAPHS
+            before, (CHOSEN, BF16, GRAPHS) = (CHOSEN, BF16, GRAPHS), (backend, bf16, False)
             try:
                 run()
             finally:
-                CHOSEN, BF16 = before
+                CHOSEN, BF16, GRAPHS = before
         return wrapped
 
-    def step(block=sgt.Block.forward, loss=sgt.token_loss):
+    def step(batch, scale, block=sgt.Block.forward, loss=sgt.token_loss):
         for p in model.parameters():
             p.grad = None
-        parts = sgt.losses(model, tokenizer, batch, block, loss)
-        sum(parts.values()).backward()
+        sum(sgt.losses(model, tokenizer, batch, block, loss).values()).backward()
         optimizer.step(scale)
+    fast, plain = (functools.partial(step, block=compiled(sgt.Block.forward), loss=compiled(sgt.token_loss)) for _ in range(2))
+    fast, plain, eager = (functools.partial(f, batch, scale) for f in (GraphedStep(fast), plain, step))
+    without = lambda what, run: {what: chosen(run)} if records(device) else {}
     began = time.perf_counter()
-    fast, plain = (functools.partial(step, compiled(sgt.Block.forward), compiled(sgt.token_loss)) for _ in range(2))
     fast()
     found["first step, seconds"] = time.perf_counter() - began
-    found["train step"] = medians({"ours": fast, "compiled, sdpa": chosen(plain, "sdpa"), "eager, sdpa": chosen(step, "sdpa"),
-                                   "eager fp32, sdpa": chosen(step, "sdpa", False)}, 4 * seconds, device)
+    found["train step"] = medians({"ours": fast, **without("compiled, no graph", fast), "compiled, sdpa": chosen(plain, "sdpa"),
+                                   "eager, sdpa": chosen(eager, "sdpa"), "eager fp32, sdpa": chosen(eager, "sdpa", False)},
+                                  4 * seconds, device)
     with FlopCounterMode(display=False) as counter:
-        step()
+        chosen(eager, "reference")()                          # it knows no operators of ours
     found["share of the matrix rate"] = counter.get_total_flops() / found["train step"]["ours"] / peak
     if device.type == "cpu":                      # what these shapes allow: the products alone, everything else for free
         with torch.profiler.profile() as profile:
             fast()
         products = sum(e.self_cpu_time_total for e in profile.key_averages() if re.fullmatch(r"aten::(add|badd)?b?mm", e.key))
         found["share of the matrix rate, products alone"] = counter.get_total_flops() / (products / 1e6) / peak
-    ask = lambda: sgt.answer(model, images, ["what color is the circle?"] * 64, 4)
-    picture = lambda: sgt.generate(model, tokenizer, texts, guidance=2.0)
-    for name, run in {"64 answers of 4 tokens": ask, "64 pictures, guidance": picture}.items():
-        found[name] = medians({"ours": run, "eager fp32, sdpa": chosen(run, "sdpa", False)}, seconds, device)
+    ask = lambda n, limit: sgt.answer(model, images[:n], ["what color is the circle?"] * n, limit)
+    picture = lambda n: sgt.generate(model, tokenizer, texts[:n], guidance=2.0)
+    for name, run in {"64 answers of 4 tokens": functools.partial(ask, 64, 4), "64 pictures, guidance": functools.partial(picture, 64),
+                      "one picture, guidance": functools.partial(picture, 1)}.items():
+        found[name] = medians({"ours": run, **without("no graph", run), "eager fp32, sdpa": chosen(run, "sdpa", False)}, seconds, device)
+    # one sequence: every token reads all weights once, if nothing else took time; the untrained head never says END
+    short, long = (functools.partial(ask, 1, limit) for limit in (9, 41))
+    block = torch.empty(2 ** (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
+    times = medians({"short": short, "long": long, "copy": block.clone}, seconds, device)
+    read = sum(w.numel() for w in (*model.blocks.parameters(), model.text_head)) * low.itemsize * (41 - 9)
+    found["share of the memory bandwidth"] = read / (times["long"] - times["short"]) / (2 * len(block) / times["copy"])
     if device.type == "cuda":
         found["peak memory of all variants, MB"] = torch.cuda.max_memory_allocated() / 1e6
     elif sys.platform == "linux":
@@ -681,7 +692,8 @@ def show(found: dict) -> str:
     alone = found.get("share of the matrix rate, products alone")
     return "\n".join(lines + [f"\ntrain step at {100 * found['share of the matrix rate']:.0f} % of the matrix rate"
                               + (f" ({100 * alone:.0f} % if all but its matrix products took no time)" if alone else "") + "; "
-                              f"first step, with compilation, {found['first step, seconds']:.0f} s"])
+                              f"first step, with compilation, {found['first step, seconds']:.0f} s; one sequence is decoded at "
+                              f"{100 * found['share of the memory bandwidth']:.0f} % of the memory bandwidth"])
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="kernels.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
