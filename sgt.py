@@ -787,7 +787,8 @@ class Stem(nn.Module):
         """image (B, 3, P, P) in [0, 1] → (B, N, D)."""
         p, k = self.patch, self.reach * self.patch
         windows = F.unfold(F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate"), k, stride=p)   # (B, 3·k², N)
-        x = linear(F.gelu(linear(windows.transpose(1, 2), self.stem_in)), self.stem_out)
+        windows = windows.transpose(1, 2).contiguous()     # else one slow product for each image where there are no gradients
+        x = linear(F.gelu(linear(windows, self.stem_in)), self.stem_out)
         for up, down in zip(self.up, self.down):
             x = x + linear(F.relu(linear(norm(x), up)).square(), down)
         return norm(x)
@@ -882,9 +883,13 @@ class UnifiedModel(nn.Module):
         # recorded by a GPU for each shape that they are called with, and forgotten together with the model
         self.begin, self.decode, self.refine = map(GraphedStep, (begin, decode, refine))
 
+    def forward(self, function, *args):                       # what torch.func.functional_call calls
+        return function(self, *args)
+
     def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None) -> Tensor:
         """ids, slots (B, S) → (B, S, D); understanding features go to the flat places patch_at."""
-        x = F.embedding(ids, norm(self.embed))
+        few = ids.numel() < len(self.embed) and not torch.is_grad_enabled()      # the same either way, but for the work
+        x = norm(F.embedding(ids, self.embed)) if few else F.embedding(ids, norm(self.embed))
         if features is not None:
             x = x.flatten(0, 1).index_copy(0, patch_at, features.flatten(0, 1).to(x.dtype)).view_as(x)
         # features and positions on one scale, or the model stays blind to place
@@ -1028,6 +1033,14 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
 
 BUCKET = 16         # where graphs are recorded, one for each length of the condition, lengths are multiples of this
 
+def cast_once(function):
+    """A function of a model and tensors that casts every matrix once, and not in each of its steps: the same to the bit."""
+    @torch.no_grad()
+    def run(model: UnifiedModel, *args):
+        low = {name: w.to(compute_dtype(w.device)) for name, w in model.named_parameters() if name not in ("embed", "place")}
+        return torch.func.functional_call(model, low, (function, *args))
+    return functools.wraps(function)(run)
+
 class Condition(NamedTuple):
     """What is read before anything is written: B rows [patches] text that all end at column L."""
     ids: Tensor                       # (B, L), as in a Batch
@@ -1060,7 +1073,7 @@ def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tenso
 def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int) -> tuple[Tensor, Tensor]:
     return read(model, condition(model, texts, image), room)
 
-@torch.no_grad()
+@cast_once
 def refine(model: UnifiedModel, tokenizer: VisionTokenizer, seen: Condition, noise: Tensor, guidance: float,
            temperature: float, token_temperature: float, on_step=None) -> Tensor:
     """The pictures (B, 3, P, P) of B conditions, or 2 B with the empty prompts behind them if guided. All that is random
@@ -1143,11 +1156,13 @@ def begin(model: UnifiedModel, seen: Condition, place: Tensor, room: int) -> Wri
     at = torch.full((), L, device=h.device) if records(h.device) else L    # a number attends to less, but is a constant
     return Written(memory, seen.layout.lo[:, -1:], at, place, token, token == Text.END)
 
-@torch.no_grad()
+@cast_once
 def decode(model: UnifiedModel, w: Written, n: int) -> tuple[Tensor, Written]:
-    """Write n more tokens (B, n), END behind an END; the memory is changed in place."""
+    """Write n more tokens (B, n), END behind an END, or fewer where none is needed; the memory is changed in place."""
     caches, out = [KVCache(*m) for m in w.memory], []
     for _ in range(n):
+        if isinstance(w.at, int) and w.done.all():           # a graph cannot ask
+            break
         x = model.embed_rows(w.token, model.cfg.text_slot + w.place, None, None).to(compute_dtype(w.token.device))
         positions = (model.cfg.grid + w.place).float()[..., None].expand(-1, 1, 2)
         layout = Layout(w.start, torch.zeros_like(w.start) + (w.at + 1))
@@ -1163,7 +1178,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
     """
     cfg, device, texts = model.cfg, model.embed.device, [TEXT.encode(q) for q in questions]
     room, limit = limit, max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
-    bucket, chunk = (BUCKET, 8) if records(device) else (1, 1)
+    bucket, chunk = (BUCKET, 8) if records(device) else (1, limit)
     place = torch.tensor([[len(t)] for t in texts], device=device)
     written = model.begin(model, condition(model, texts, image, bucket), place, room)
     out = written.token.tolist()
