@@ -185,6 +185,10 @@ if triton is not None:
         return lo, hi, c0, c1, c2, c3
 
     @triton.jit
+    def stretch(phase: tl.constexpr, c0, c1, c2, c3):
+        return c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3)
+
+    @triton.jit
     def forward_kernel(Q, K, V, O, LSE, LO, HI, S, L, H, scale,
                        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
         """BM query rows of one head: a running softmax over tiles of BN columns (FlashAttention-2, arXiv 2307.08691)."""
@@ -194,7 +198,8 @@ if triton is not None:
         q = load_rows(Q + q_at, r, S, H, D)
         acc, total, top = tl.zeros([BM, D], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
         for phase in tl.static_range(3):
-            for n in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BN):
+            start, end = stretch(phase, c0, c1, c2, c3)
+            for n in tl.range(start, end, BN):
                 c = n + tl.arange(0, BN)
                 k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
                 score = tl.dot(q, tl.trans(k), input_precision=EXACT) * scale                      # (BM, BN)
@@ -222,7 +227,8 @@ if triton is not None:
         tl.store(DELTA + tl.program_id(1) * S + r, delta, mask=r < S)
         lse, dq = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0), tl.zeros([BM, D], tl.float32)
         for phase in tl.static_range(3):
-            for n in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BN):
+            start, end = stretch(phase, c0, c1, c2, c3)
+            for n in tl.range(start, end, BN):
                 c = n + tl.arange(0, BN)
                 k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
                 p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=EXACT) * scale - lse[:, None])  # (BM, BN)
@@ -242,7 +248,8 @@ if triton is not None:
         k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
         dk, dv = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
         for phase in tl.static_range(3):
-            for m in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BM):
+            start, end = stretch(phase, c0, c1, c2, c3)
+            for m in tl.range(start, end, BM):
                 r = m + tl.arange(0, BM)
                 q, g = load_rows(Q + q_at, r, S, H, D), load_rows(G + q_at, r, S, H, D)
                 lse = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0)
