@@ -1031,8 +1031,6 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
 
 # ==== 8. Sampling: answers and pictures =====================================================================
 
-BUCKET = 16         # where graphs are recorded, one for each length of the condition, lengths are multiples of this
-
 def cast_once(function):
     """A function of a model and tensors that casts every matrix once, and not in each of its steps: the same to the bit."""
     @torch.no_grad()
@@ -1050,9 +1048,10 @@ class Condition(NamedTuple):
     images: Tensor | None             # (B, 3, P, P)
     patch_at: Tensor | None           # (B·U,)
 
-def condition(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, multiple: int = 1) -> Condition:
-    """Texts (and images (B, 3, P, P) that come before them) as rows, padded on the left to a multiple of some length."""
+def condition(model: UnifiedModel, texts: list[list[int]], image: Tensor | None) -> Condition:
+    """Texts, after images (B, 3, P, P) if given, as rows that are padded on the left."""
     device, U = model.embed.device, 0 if image is None else model.cfg.patches
+    multiple = 16 if records(device) else 1                           # there is a graph for each length: let there be few
     L = -(-(U + max(map(len, texts))) // multiple) * multiple
     rows = Rows(model.cfg, len(texts), L)
     for b, text in enumerate(texts):
@@ -1071,6 +1070,7 @@ def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tenso
     return model.trunk(x, seen.positions, seen.layout, [KVCache(*m) for m in memory])[:, -1], memory
 
 def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int) -> tuple[Tensor, Tensor]:
+    """`read` texts, after images (B, 3, P, P) if given."""
     return read(model, condition(model, texts, image), room)
 
 @cast_once
@@ -1133,11 +1133,8 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     gumbel = lambda: -torch.empty(shape, device=device).exponential_(generator=g).log()
     draw = lambda: torch.stack([uniform() if temperature and cfg.token_temperature else torch.zeros(shape, device=device), gumbel()])
     noise = torch.stack([draw() for _ in range(steps or cfg.sample_steps)])                       # (steps, 2, B, N)
-    seen = condition(model, texts, image, BUCKET if records(device) and not on_step else 1)
-    settings = seen, noise, guidance, temperature, cfg.token_temperature
-    if on_step:                                                       # a graph calls nobody
-        return refine(model, tokenizer, *settings, on_step)
-    return model.refine(model, tokenizer, *settings).clone()
+    inputs = model, tokenizer, condition(model, texts, image), noise, guidance, temperature, cfg.token_temperature
+    return refine(*inputs, on_step) if on_step else model.refine(*inputs).clone()         # a graph calls nobody
 
 class Written(NamedTuple):
     """Where the writing of B answers stands, in tensors that a recorded graph can carry on with."""
@@ -1177,13 +1174,13 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
     few tokens before it is asked whether all answers have ended.
     """
     cfg, device, texts = model.cfg, model.embed.device, [TEXT.encode(q) for q in questions]
-    room, limit = limit, max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
-    bucket, chunk = (BUCKET, 8) if records(device) else (1, limit)
+    limit = max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
     place = torch.tensor([[len(t)] for t in texts], device=device)
-    written = model.begin(model, condition(model, texts, image, bucket), place, room)
+    written = model.begin(model, condition(model, texts, image), place, -(-limit // 16) * 16)
     out = written.token.tolist()
     while len(out[0]) < limit and not all(Text.END in row for row in out):
-        tokens, written = model.decode(model, written, min(chunk, limit - len(out[0])))
+        left = limit - len(out[0])
+        tokens, written = model.decode(model, written, min(8, left) if records(device) else left)
         out = [row + more for row, more in zip(out, tokens.tolist())]
     return [TEXT.decode(row) for row in out]
 
