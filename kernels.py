@@ -358,10 +358,9 @@ class GraphedStep:
 
     The first three calls for given shapes are plain (and real: a training step trains), the fourth records. What
     varies between calls must be in the tensors that are passed, the learning rate too, and nothing inside may ask the
-    GPU for a value. A module may be passed too: the graph knows its weights by address, so they must be changed in place,
-    and others are another graph; anything else is a constant. Results live in the graph's memory: the next call
-    overwrites them. One that is passed to the next call, where it was changed in place, is not copied: such a
-    tensor, a key-value cache, is memory that lasts.
+    GPU for a value. The graph knows the weights of a module that is passed by their addresses, so it sees what is changed in
+    place; anything else that is passed is a constant. Results live in the graph's memory: the next call overwrites
+    them. An input that is changed in place and returned, such as a key-value cache, stays there from call to call.
     """
     def __init__(self, function):
         self.function, self.calls, self.graphs, self.side = function, {}, {}, None
@@ -575,13 +574,12 @@ def medians(variants: dict[str, object], seconds: float, device: torch.device) -
     """Seconds a call of each function: the median of rounds in which all of them take turns, so that a busy machine
     slows all alike. The first calls of each (compilation, warm-up, recording) do not count.
     """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
     def timed(run) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        run(), wait()
         return time.perf_counter() - start
     for run in variants.values():
         for _ in range(5 if device.type == "cuda" else 2):

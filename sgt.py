@@ -1460,8 +1460,7 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    if RANK:                                                          # the first process writes and speaks for all
-        sys.stdout = open(os.devnull, "w")
+    if RANK:                                                          # what the first process writes is there for all
         together()
     if other:
         borrow(cfg, run, other)
@@ -1657,6 +1656,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"got {' and '.join(map(flag, verbs)) or 'nothing to do'}; "
                             "give one of --train, --generate, --ask, --segment (see --help)")
         if args.train:
+            if RANK:
+                sys.stdout = open(os.devnull, "w")                    # the first process speaks for all
             preset = args.preset or ("base" if torch.cuda.is_available() and given.get("device") != "cpu" else "tiny")
             if not args.preset:
                 print(f"preset {preset}: the default {'on a GPU' if preset == 'base' else 'without a CUDA GPU'}")
