@@ -185,6 +185,10 @@ if triton is not None:
         return lo, hi, c0, c1, c2, c3
 
     @triton.jit
+    def stretch(phase: tl.constexpr, c0, c1, c2, c3):
+        return c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3)
+
+    @triton.jit
     def forward_kernel(Q, K, V, O, LSE, LO, HI, S, L, H, scale,
                        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
         """BM query rows of one head: a running softmax over tiles of BN columns (FlashAttention-2, arXiv 2307.08691)."""
@@ -194,7 +198,8 @@ if triton is not None:
         q = load_rows(Q + q_at, r, S, H, D)
         acc, total, top = tl.zeros([BM, D], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
         for phase in tl.static_range(3):
-            for n in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BN):
+            start, end = stretch(phase, c0, c1, c2, c3)
+            for n in tl.range(start, end, BN):
                 c = n + tl.arange(0, BN)
                 k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
                 score = tl.dot(q, tl.trans(k), input_precision=EXACT) * scale                      # (BM, BN)
@@ -222,7 +227,8 @@ if triton is not None:
         tl.store(DELTA + tl.program_id(1) * S + r, delta, mask=r < S)
         lse, dq = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0), tl.zeros([BM, D], tl.float32)
         for phase in tl.static_range(3):
-            for n in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BN):
+            start, end = stretch(phase, c0, c1, c2, c3)
+            for n in tl.range(start, end, BN):
                 c = n + tl.arange(0, BN)
                 k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
                 p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=EXACT) * scale - lse[:, None])  # (BM, BN)
@@ -242,7 +248,8 @@ if triton is not None:
         k, v = load_rows(K + k_at, c, L, H, D), load_rows(V + k_at, c, L, H, D)
         dk, dv = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
         for phase in tl.static_range(3):
-            for m in tl.range(c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3), BM):
+            start, end = stretch(phase, c0, c1, c2, c3)
+            for m in tl.range(start, end, BM):
                 r = m + tl.arange(0, BM)
                 q, g = load_rows(Q + q_at, r, S, H, D), load_rows(G + q_at, r, S, H, D)
                 lse = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0)
@@ -324,16 +331,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = ""
 
 # ---- 4. Memory and graphs: the key-value cache, recorded steps -------------------------------------------------
 
-class KVCache:
+class KVCache(NamedTuple):
     """Keys and values of one layer in buffers of fixed shape (B, H, length, D), filled from the left."""
-    def __init__(self, batch: int, heads: int, length: int, dim: int, like: Tensor):
-        self.k, self.v = like.new_zeros(2, batch, length, heads, dim).transpose(2, 3)
+    k: Tensor
+    v: Tensor
 
-    def put(self, k: Tensor, v: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written."""
+    def put(self, k: Tensor, v: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written. Where `at` is
+        a () tensor, which a recorded graph can count up, return everything: the layout must hide what is not written.
+        """
+        if isinstance(at, Tensor):
+            columns = at + torch.arange(k.shape[2], device=at.device)
+            return self.k.index_copy_(2, columns, k), self.v.index_copy_(2, columns, v)
         end = at + k.shape[2]
         self.k[:, :, at:end], self.v[:, :, at:end] = k, v
         return self.k[:, :, :end], self.v[:, :, :end]
+
+GRAPHS = os.environ.get("SGT_GRAPHS") != "0"      # SGT_GRAPHS=0 records nothing; the benchmark swaps it
+
+def records(device: torch.device) -> bool:
+    return GRAPHS and device.type == "cuda"
 
 class GraphedStep:
     """A function of (nested) tensors, recorded once as a CUDA graph and then replayed: one launch in place of thousands, which is
@@ -341,16 +358,21 @@ class GraphedStep:
 
     The first three calls for given shapes are plain (and real: a training step trains), the fourth records. What
     varies between calls must be in the tensors that are passed, the learning rate too, and nothing inside may ask the
-    GPU for a value. Results live in the graph's memory: the next call overwrites them.
+    GPU for a value. The graph knows the weights of a module that is passed by their addresses, so it sees what is changed in
+    place; anything else that is passed is a constant. Results live in the graph's memory: the next call overwrites
+    them. An input that is changed in place and returned, such as a key-value cache, stays there from call to call.
     """
     def __init__(self, function):
         self.function, self.calls, self.graphs, self.side = function, {}, {}, None
 
     def __call__(self, *inputs):
         leaves, spec = tree_flatten(inputs)
-        if not leaves[0].is_cuda:
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if not records(tensors[0].device):
             return self.function(*inputs)
-        key = tuple(x.shape if isinstance(x, Tensor) else x for x in leaves)
+        known_by = lambda x: ((x.shape, x.dtype) if isinstance(x, Tensor) else
+                              tuple(w.data_ptr() for w in (*x.parameters(), *x.buffers())) if isinstance(x, nn.Module) else x)
+        key = CHOSEN, BF16, spec, *map(known_by, leaves)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:                          # a graph must not be the first to load a kernel
             self.side = self.side or torch.cuda.Stream()
@@ -361,19 +383,19 @@ class GraphedStep:
             return out
         if key not in self.graphs:
             graph, static = torch.cuda.CUDAGraph(), [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            try:
-                with torch.cuda.graph(graph):
+            try:                  # thread_local: what NCCL's thread asks of the GPU meanwhile is no mistake of the recording
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     out = self.function(*tree_unflatten(static, spec))
-                self.graphs[key] = graph, static, out
+                # without the modules: a model that holds its own graphs must not be held by them
+                self.graphs[key] = graph, [x for x in static if isinstance(x, Tensor)], out
             except RuntimeError as e:              # something inside cannot be recorded: as slow as without, no worse
                 print(f"no CUDA graph ({' '.join(str(e).split()):.120}); launching every kernel")
                 self.graphs[key] = None
         if self.graphs[key] is None:
             return self.function(*inputs)
         graph, static, out = self.graphs[key]
-        for place, value in zip(static, leaves):
-            if isinstance(value, Tensor):
-                place.copy_(value)
+        for place, value in zip(static, tensors):
+            place.copy_(value)                                        # nothing to do where they are the same tensor
         graph.replay()
         return out
 
@@ -436,6 +458,14 @@ class Optimizer:
                 _, i, name = key.split(".")
                 slots.setdefault(int(i), {})[name] = value
         self.adam.load_state_dict({"state": slots, "param_groups": self.adam.state_dict()["param_groups"]})
+
+def average_gradients(module: nn.Module, world: int) -> None:
+    """The mean of the gradients of `world` processes, in one all-reduce of all of them as one vector. A graph can record it."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    torch.distributed.all_reduce(flat)
+    for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
 
 # ---- 6. Precision and compilation --------------------------------------------------------------------------
 
@@ -542,18 +572,18 @@ def check(cases: int = 6) -> int:
 
 def medians(variants: dict[str, object], seconds: float, device: torch.device) -> dict[str, float]:
     """Seconds a call of each function: the median of rounds in which all of them take turns, so that a busy machine
-    slows all alike. The first two calls of each (compilation, warm-up) do not count.
+    slows all alike. The first calls of each (compilation, warm-up, recording) do not count.
     """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
     def timed(run) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        run(), wait()
         return time.perf_counter() - start
     for run in variants.values():
-        run(), run()
+        for _ in range(5 if device.type == "cuda" else 2):
+            run()
     taken, began = {name: [] for name in variants}, time.perf_counter()
     while time.perf_counter() - began < seconds or len(next(iter(taken.values()))) < 3:
         for name, run in variants.items():
@@ -606,40 +636,50 @@ def bench(seconds: float, cfg=None) -> dict:
     scenes = sgt.sample_scenes(cfg, "val", np.arange(64))
     images, texts = sgt.render(cfg, scenes).image.to(device), [[sgt.TEXT.BOS] + sgt.TEXT.encode("two red circles")] * 64
 
-    def chosen(run, backend: str, bf16: bool | None = BF16):
+    def chosen(run, backend: str = CHOSEN, bf16: bool | None = BF16):
+        """With other choices, and without graphs."""
         def wrapped():
-            global CHOSEN, BF16
-            before, CHOSEN, BF16 = (CHOSEN, BF16), backend, bf16
+            global CHOSEN, BF16, GRAPHS
+            before, (CHOSEN, BF16, GRAPHS) = (CHOSEN, BF16, GRAPHS), (backend, bf16, False)
             try:
                 run()
             finally:
-                CHOSEN, BF16 = before
+                CHOSEN, BF16, GRAPHS = before
         return wrapped
 
-    def step(block=sgt.Block.forward, loss=sgt.token_loss):
+    def step(batch, scale, block=sgt.Block.forward, loss=sgt.token_loss):
         for p in model.parameters():
             p.grad = None
-        parts = sgt.losses(model, tokenizer, batch, block, loss)
-        sum(parts.values()).backward()
+        sum(sgt.losses(model, tokenizer, batch, block, loss).values()).backward()
         optimizer.step(scale)
+    fast, plain = (functools.partial(step, block=compiled(sgt.Block.forward), loss=compiled(sgt.token_loss)) for _ in range(2))
+    fast, plain, eager = (functools.partial(f, batch, scale) for f in (GraphedStep(fast), plain, step))
+    without = lambda what, run: {what: chosen(run)} if records(device) else {}
     began = time.perf_counter()
-    fast, plain = (functools.partial(step, compiled(sgt.Block.forward), compiled(sgt.token_loss)) for _ in range(2))
     fast()
     found["first step, seconds"] = time.perf_counter() - began
-    found["train step"] = medians({"ours": fast, "compiled, sdpa": chosen(plain, "sdpa"), "eager, sdpa": chosen(step, "sdpa"),
-                                   "eager fp32, sdpa": chosen(step, "sdpa", False)}, 4 * seconds, device)
+    found["train step"] = medians({"ours": fast, **without("compiled, no graph", fast), "compiled, sdpa": chosen(plain, "sdpa"),
+                                   "eager, sdpa": chosen(eager, "sdpa"), "eager fp32, sdpa": chosen(eager, "sdpa", False)},
+                                  4 * seconds, device)
     with FlopCounterMode(display=False) as counter:
-        step()
+        chosen(eager, "reference")()                          # it knows no operators of ours
     found["share of the matrix rate"] = counter.get_total_flops() / found["train step"]["ours"] / peak
     if device.type == "cpu":                      # what these shapes allow: the products alone, everything else for free
         with torch.profiler.profile() as profile:
             fast()
         products = sum(e.self_cpu_time_total for e in profile.key_averages() if re.fullmatch(r"aten::(add|badd)?b?mm", e.key))
         found["share of the matrix rate, products alone"] = counter.get_total_flops() / (products / 1e6) / peak
-    ask = lambda: sgt.answer(model, images, ["what color is the circle?"] * 64, 4)
-    picture = lambda: sgt.generate(model, tokenizer, texts, guidance=2.0)
-    for name, run in {"64 answers of 4 tokens": ask, "64 pictures, guidance": picture}.items():
-        found[name] = medians({"ours": run, "eager fp32, sdpa": chosen(run, "sdpa", False)}, seconds, device)
+    ask = lambda n, limit: sgt.answer(model, images[:n], ["what color is the circle?"] * n, limit)
+    picture = lambda n: sgt.generate(model, tokenizer, texts[:n], guidance=2.0)
+    for name, run in {"64 answers of 4 tokens": functools.partial(ask, 64, 4), "64 pictures, guidance": functools.partial(picture, 64),
+                      "one picture, guidance": functools.partial(picture, 1)}.items():
+        found[name] = medians({"ours": run, **without("no graph", run), "eager fp32, sdpa": chosen(run, "sdpa", False)}, seconds, device)
+    # one sequence: every token reads all weights once, if nothing else took time; the untrained head never says END
+    short, long = (functools.partial(ask, 1, limit) for limit in (9, 41))
+    block = torch.empty(2 ** (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
+    times = medians({"short": short, "long": long, "copy": block.clone}, seconds, device)
+    read = sum(w.numel() for w in (*model.blocks.parameters(), model.text_head)) * low.itemsize * (41 - 9)
+    found["share of the memory bandwidth"] = read / (times["long"] - times["short"]) / (2 * len(block) / times["copy"])
     if device.type == "cuda":
         found["peak memory of all variants, MB"] = torch.cuda.max_memory_allocated() / 1e6
     elif sys.platform == "linux":
@@ -657,7 +697,8 @@ def show(found: dict) -> str:
     alone = found.get("share of the matrix rate, products alone")
     return "\n".join(lines + [f"\ntrain step at {100 * found['share of the matrix rate']:.0f} % of the matrix rate"
                               + (f" ({100 * alone:.0f} % if all but its matrix products took no time)" if alone else "") + "; "
-                              f"first step, with compilation, {found['first step, seconds']:.0f} s"])
+                              f"first step, with compilation, {found['first step, seconds']:.0f} s; one sequence is decoded at "
+                              f"{100 * found['share of the memory bandwidth']:.0f} % of the memory bandwidth"])
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="kernels.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)

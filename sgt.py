@@ -60,7 +60,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import GraphedStep, KVCache, Layout, Optimizer, attention, compiled, compute_dtype, write_document
+from kernels import (GraphedStep, KVCache, Layout, Optimizer, attention, average_gradients, compiled, compute_dtype, records,
+                     write_document)
 
 class UserError(Exception):
     """A mistake of the person at the keyboard: printed as one line, exit code 2."""
@@ -1313,8 +1314,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
-def grid_positions(G: int) -> Tensor:
-    line = torch.arange(G)
+def grid_positions(G: int, device: torch.device | None = None) -> Tensor:
+    line = torch.arange(G, device=device)
     return torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(G * G, 2)           # (N, 2)
 
 class Block(nn.Module):
@@ -1327,7 +1328,8 @@ class Block(nn.Module):
         self.up = matrix(4 * width, width)
         self.down = matrix(width, 4 * width, gain=0.0)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None = None, at: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None = None,
+                at: int | Tensor = 0) -> Tensor:
         """x (B, S, D) → (B, S, D). With a cache, the S rows continue what columns [0, at) of the cache hold."""
         B, S, D = x.shape
         qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
@@ -1355,7 +1357,8 @@ class Stem(nn.Module):
         """image (B, 3, P, P) in [0, 1] → (B, N, D)."""
         p, k = self.patch, self.reach * self.patch
         windows = F.unfold(F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate"), k, stride=p)   # (B, 3·k², N)
-        x = linear(F.gelu(linear(windows.transpose(1, 2), self.stem_in)), self.stem_out)
+        windows = windows.transpose(1, 2).contiguous()     # else one slow product for each image where there are no gradients
+        x = linear(F.gelu(linear(windows, self.stem_in)), self.stem_out)
         for up, down in zip(self.up, self.down):
             x = x + linear(F.relu(linear(norm(x), up)).square(), down)
         return norm(x)
@@ -1447,16 +1450,22 @@ class UnifiedModel(nn.Module):
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
         self.text_head = nn.Parameter(torch.zeros(len(cfg.text), D))  # zero: the first loss is exactly ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
+        # recorded by a GPU for each shape that they are called with, and forgotten together with the model
+        self.begin, self.decode, self.refine = map(GraphedStep, (begin, decode, refine))
+
+    def forward(self, function, *args):                       # what torch.func.functional_call calls
+        return function(self, *args)
 
     def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None) -> Tensor:
         """ids, slots (B, S) → (B, S, D); understanding features go to the flat places patch_at."""
-        x = F.embedding(ids, norm(self.embed))
+        few = ids.numel() < len(self.embed) and not torch.is_grad_enabled()      # the same either way, but for the work
+        x = norm(F.embedding(ids, self.embed)) if few else F.embedding(ids, norm(self.embed))
         if features is not None:
             x = x.flatten(0, 1).index_copy(0, patch_at, features.flatten(0, 1).to(x.dtype)).view_as(x)
         # features and positions on one scale, or the model stays blind to place
         return norm(x + F.embedding(slots, self.place))
 
-    def trunk(self, x: Tensor, positions: Tensor, layout: Layout, caches: list[KVCache] | None = None, at: int = 0,
+    def trunk(self, x: Tensor, positions: Tensor, layout: Layout, caches: list[KVCache] | None = None, at: int | Tensor = 0,
               block=Block.forward) -> Tensor:
         cos, sin = rotary_table(positions, self.cfg.head_dim)                               # (B, 1, S, D/H/2)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -1595,25 +1604,89 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
 
 # ==== 8. Sampling: answers and pictures =====================================================================
 
-def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int):
-    """Run the condition once. Returns its last hidden state (B, D), caches with room for more, its length L, start (B,).
+def cast_once(function):
+    """A function of a model and tensors that casts every matrix once, and not in each of its steps: the same to the bit."""
+    @torch.no_grad()
+    def run(model: UnifiedModel, *args):
+        low = {name: w.to(compute_dtype(w.device)) for name, w in model.named_parameters() if name not in ("embed", "place")}
+        return torch.func.functional_call(model, low, (function, *args))
+    return functools.wraps(function)(run)
 
-    The condition never sees what follows it, so its keys and values stay valid for every later step.
-    """
-    cfg, device, U = model.cfg, model.embed.device, 0 if image is None else model.cfg.patches
-    L = U + max(map(len, texts))
-    rows = Rows(cfg, len(texts), L)
-    for b, text in enumerate(texts):                                  # all conditions end at column L
+class Condition(NamedTuple):
+    """What is read before anything is written: B rows [patches] text that all end at column L."""
+    ids: Tensor                       # (B, L), as in a Batch
+    slots: Tensor                     # (B, L)
+    positions: Tensor                 # (B, L, 2)
+    layout: Layout                    # 4 × (B, L)
+    images: Tensor | None             # (B, 3, P, P)
+    patch_at: Tensor | None           # (B·U,)
+
+def condition(model: UnifiedModel, texts: list[list[int]], image: Tensor | None) -> Condition:
+    """Texts, after images (B, 3, P, P) if given, as rows that are padded on the left."""
+    device, U = model.embed.device, 0 if image is None else model.cfg.patches
+    multiple = 16 if records(device) else 1                           # there is a graph for each length: let there be few
+    L = -(-(U + max(map(len, texts))) // multiple) * multiple
+    rows = Rows(model.cfg, len(texts), L)
+    for b, text in enumerate(texts):
         rows.add(b, L - U - len(text), text, patches=image is not None)
     ids, slots, positions, layout = (x.to(device) for x in rows.tensors())
-    patch_at = torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None
-    dtype = compute_dtype(device)
-    x = model.embed_rows(ids, slots, model.see(image.to(dtype)) if U else None, patch_at).to(dtype)
-    caches = [KVCache(len(x), cfg.width // cfg.head_dim, L + room, cfg.head_dim, x) for _ in model.blocks]
-    h = model.trunk(x, positions, layout, caches)
-    return h[:, -1], caches, L, layout.lo[:, -1]
+    return Condition(ids, slots, positions, layout, image, torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None)
 
-@torch.no_grad()
+def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tensor]:
+    """Run the condition once: its last hidden state (B, D), and its keys and values, with room for more columns behind
+    them, (layers, 2, B, H, L + room, D/H). It never sees what follows it, so they stay valid for every later step.
+    """
+    cfg, (B, L), dtype = model.cfg, seen.ids.shape, compute_dtype(seen.ids.device)
+    features = None if seen.images is None else model.see(seen.images.to(dtype))
+    x = model.embed_rows(seen.ids, seen.slots, features, seen.patch_at).to(dtype)
+    memory = x.new_zeros(cfg.depth, 2, B, L + room, cfg.width // cfg.head_dim, cfg.head_dim).transpose(3, 4)
+    return model.trunk(x, seen.positions, seen.layout, [KVCache(*m) for m in memory])[:, -1], memory
+
+def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int) -> tuple[Tensor, Tensor]:
+    """`read` texts, after images (B, 3, P, P) if given."""
+    return read(model, condition(model, texts, image), room)
+
+@cast_once
+def refine(model: UnifiedModel, tokenizer: VisionTokenizer, seen: Condition, noise: Tensor, guidance: float,
+           temperature: float, token_temperature: float, on_step=None) -> Tensor:
+    """The pictures (B, 3, P, P) of B conditions, or 2 B with the empty prompts behind them if guided. All that is random
+    is in noise (steps, 2, B, N): uniform for the tokens, Gumbel for their order. See `generate`.
+    """
+    cfg, device, V, (steps, _, B, N) = model.cfg, noise.device, len(model.cfg.text), noise.shape
+    R, L = seen.ids.shape
+    caches = [KVCache(*m) for m in read(model, seen, N)[1]]
+    positions = grid_positions(cfg.grid, device).float().expand(R, N, 2)
+    slots = (cfg.image_slot + torch.arange(N, device=device)).expand(R, N)
+    lo = seen.layout.lo[:, -1:].expand(R, N)
+    layout = Layout(lo, torch.full_like(lo, L + N))
+    ids = torch.full((B, N), model.mask_id, device=device)
+    for step in range(steps):
+        is_masked = ids == model.mask_id                                                          # (B, N)
+        if on_step:
+            on_step(ids, is_masked)
+        x = model.embed_rows(ids.repeat(R // B, 1), slots, None, None).to(compute_dtype(device))
+        h = model.trunk(x, positions, layout, caches, L)                                          # (R, N, D)
+        if R > B:                        # the head is linear: guiding its input guides the logits, at half the price
+            conditional, empty = h.chunk(2)
+            h = empty + guidance * (conditional - empty)
+        sampled = temperature > 0 and token_temperature > 0
+        p = model.image_logits(h / token_temperature if sampled else h).softmax(-1)               # (B, N, K)
+        if sampled:                                                   # where the cumulated probability passes it
+            choice = (p.cumsum(-1) < noise[step, 0, ..., None]).sum(-1).clamp(max=cfg.codebook - 1)    # (B, N)
+        else:
+            choice = p.argmax(-1)
+        confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
+        ratio = (step + 1) / steps
+        confidence = confidence + temperature * (1 - ratio) * noise[step, 1]
+        confidence = confidence.masked_fill(~is_masked, math.inf)     # what was kept stays kept
+        still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)         # how many stay masked
+        ids = torch.where(is_masked, V + choice, ids)
+        if still:
+            ids = ids.scatter(1, confidence.topk(still, largest=False).indices, model.mask_id)
+    if on_step:
+        on_step(ids, ids == model.mask_id)
+    return tokenizer.decode(ids - V)
+
 def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[int]], image: Tensor | None = None, *,
              guidance: float = 1.0, steps: int | None = None, temperature: float | None = None, seed: int = 0,
              on_step=None) -> Tensor:
@@ -1624,70 +1697,66 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     empty prompt: u + guidance · (c − u). `temperature` is the randomness in the order of unmasking, annealed to zero; 0
     also takes the likeliest tokens. `on_step(ids, is_masked)` is called before every step and at the end.
     """
-    cfg, device, V = model.cfg, model.embed.device, len(model.cfg.text)
-    B, N = len(texts), cfg.tokens
-    steps = steps or cfg.sample_steps
+    cfg, device, shape = model.cfg, model.embed.device, (len(texts), model.cfg.tokens)
     temperature = cfg.temperature if temperature is None else temperature
-    guided = guidance != 1.0
-    rows = texts + [[Text.BOS]] * B if guided else texts             # condition and empty prompt in one batch
-    _, caches, L, start = prefill(model, rows, torch.cat([image, image]) if guided and image is not None else image, N)
-    R = len(rows)
-    positions = grid_positions(cfg.grid).to(device).float().expand(R, N, 2)
-    slots = (cfg.image_slot + torch.arange(N, device=device)).expand(R, N)
-    lo = start[:, None].expand(R, N)
-    layout = Layout(lo, torch.full_like(lo, L + N))
-    ids = torch.full((B, N), model.mask_id, device=device)
+    if guidance != 1.0:                                              # condition and empty prompt in one batch
+        texts, image = texts + [[Text.BOS]] * len(texts), image if image is None else torch.cat([image, image])
     g = torch.Generator(device).manual_seed(seed)
-    gumbel = lambda *shape: -torch.empty(shape, device=device).exponential_(generator=g).log()
-    for step in range(steps):
-        is_masked = ids == model.mask_id                                                          # (B, N)
-        if on_step:
-            on_step(ids, is_masked)
-        x = model.embed_rows(ids.repeat(R // B, 1), slots, None, None).to(compute_dtype(device))
-        h = model.trunk(x, positions, layout, caches, L)                                          # (R, N, D)
-        if guided:                       # the head is linear: guiding its input guides the logits, at half the price
-            conditional, empty = h.chunk(2)
-            h = empty + guidance * (conditional - empty)
-        sampled = temperature > 0 and cfg.token_temperature > 0
-        p = model.image_logits(h / cfg.token_temperature if sampled else h).softmax(-1)           # (B, N, K)
-        if sampled:                                                   # where the cumulated probability passes u
-            u = torch.rand(B, N, 1, device=device, generator=g)
-            choice = (p.cumsum(-1) < u).sum(-1).clamp(max=cfg.codebook - 1)                       # (B, N)
-        else:
-            choice = p.argmax(-1)
-        confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
-        ratio = (step + 1) / steps
-        confidence = confidence + temperature * (1 - ratio) * gumbel(B, N)
-        confidence = confidence.masked_fill(~is_masked, math.inf)     # what was kept stays kept
-        still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)         # how many stay masked
-        ids = torch.where(is_masked, V + choice, ids)
-        if still:
-            ids.scatter_(1, confidence.topk(still, largest=False).indices, model.mask_id)
-    if on_step:
-        on_step(ids, ids == model.mask_id)
-    return tokenizer.decode(ids - V)
+    uniform = lambda: torch.rand(shape, device=device, generator=g)
+    gumbel = lambda: -torch.empty(shape, device=device).exponential_(generator=g).log()
+    draw = lambda: torch.stack([uniform() if temperature and cfg.token_temperature else torch.zeros(shape, device=device), gumbel()])
+    noise = torch.stack([draw() for _ in range(steps or cfg.sample_steps)])                       # (steps, 2, B, N)
+    inputs = model, tokenizer, condition(model, texts, image), noise, guidance, temperature, cfg.token_temperature
+    return refine(*inputs, on_step) if on_step else model.refine(*inputs).clone()         # a graph calls nobody
+
+class Written(NamedTuple):
+    """Where the writing of B answers stands, in tensors that a recorded graph can carry on with."""
+    memory: Tensor                    # (layers, 2, B, H, columns, D/H) keys and values
+    start: Tensor                     # (B, 1) first column of each document
+    at: Tensor | int                  # () next column to fill
+    place: Tensor                     # (B, 1) place in the text of the token that comes there
+    token: Tensor                     # (B, 1) that token: the last one written
+    done: Tensor                      # (B, 1) whether an END has been written
 
 @torch.no_grad()
+def begin(model: UnifiedModel, seen: Condition, place: Tensor, room: int) -> Written:
+    """Read questions whose texts have `place` (B, 1) tokens, and write the first token of each answer."""
+    h, memory = read(model, seen, room)
+    token, L = model.text_logits(h).argmax(-1, keepdim=True), seen.ids.shape[1]
+    at = torch.full((), L, device=h.device) if records(h.device) else L    # a number attends to less, but is a constant
+    return Written(memory, seen.layout.lo[:, -1:], at, place, token, token == Text.END)
+
+@cast_once
+def decode(model: UnifiedModel, w: Written, n: int) -> tuple[Tensor, Written]:
+    """Write n more tokens (B, n), END behind an END, or fewer where none is needed; the memory is changed in place."""
+    caches, out = [KVCache(*m) for m in w.memory], []
+    for _ in range(n):
+        if isinstance(w.at, int) and w.done.all():           # a graph cannot ask
+            break
+        x = model.embed_rows(w.token, model.cfg.text_slot + w.place, None, None).to(compute_dtype(w.token.device))
+        positions = (model.cfg.grid + w.place).float()[..., None].expand(-1, 1, 2)
+        layout = Layout(w.start, torch.zeros_like(w.start) + (w.at + 1))
+        h = model.trunk(x, positions, layout, caches, w.at)[:, 0]
+        token = model.text_logits(h).argmax(-1, keepdim=True).masked_fill(w.done, Text.END)
+        w = w._replace(at=w.at + 1, place=w.place + 1, token=token, done=w.done | (token == Text.END))
+        out.append(token)
+    return torch.cat(out, 1), w
+
 def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int = 24) -> list[str]:
-    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache."""
+    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache; a GPU writes a
+    few tokens before it is asked whether all answers have ended.
+    """
     cfg, device = model.cfg, model.embed.device
     texts = [cfg.text.encode(q) for q in questions]
     limit = max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
-    h, caches, L, start = prefill(model, texts, image, limit)
-    B = len(texts)
-    place = torch.tensor([len(t) for t in texts], device=device)
-    out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-    for i in range(limit):
-        token = model.text_logits(h).argmax(-1).masked_fill(done, Text.END)                       # (B,)
-        out.append(token)
-        done = done | (token == Text.END)
-        if bool(done.all()) or i == limit - 1:
-            break
-        slots = cfg.text_slot + place[:, None] + i
-        positions = (cfg.grid + place + i).float()[:, None, None].expand(B, 1, 2)
-        x = model.embed_rows(token[:, None], slots, None, None).to(compute_dtype(device))
-        h = model.trunk(x, positions, Layout(start[:, None], torch.full_like(start[:, None], L + i + 1)), caches, L + i)[:, 0]
-    return [cfg.text.decode(row) for row in torch.stack(out, 1).tolist()]
+    place = torch.tensor([[len(t)] for t in texts], device=device)
+    written = model.begin(model, condition(model, texts, image), place, -(-limit // 16) * 16)
+    out = written.token.tolist()
+    while len(out[0]) < limit and not all(Text.END in row for row in out):
+        left = limit - len(out[0])
+        tokens, written = model.decode(model, written, min(8, left) if records(device) else left)
+        out = [row + more for row, more in zip(out, tokens.tolist())]
+    return [cfg.text.decode(row) for row in out]
 
 # ==== 9. Training: one loop, the run folder =================================================================
 
@@ -1709,6 +1778,8 @@ def tokenizer_batch(cfg: Config, step: int) -> Tensor:
     target = PROXIES[drawn[step % len(drawn)]].target(cfg, cut, render(cfg, cut))
     return torch.cat([render(cfg, seen).image, target])
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # set by torchrun
+
 class Run:
     """A folder with everything about one training run: config.json, log.jsonl, weights, samples, report.
 
@@ -1718,6 +1789,8 @@ class Run:
         self.folder, self.pulled = folder, pulled  # pulled: in the cache of the Hub, only to be read
 
     def write(self, name: str, data: bytes) -> None:
+        if RANK:
+            return
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -1785,6 +1858,11 @@ NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}  
 ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr", "sample_steps", "guidance",
              "token_temperature", "temperature", "eval_questions", "eval_prompts", "eval_masks", "sample_every"}
 
+def together() -> None:
+    """Wait for the other processes, if there are any."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
 
@@ -1813,6 +1891,8 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
             p.grad = None
         parts = step_losses(batch)
         sum(weights[k] * v for k, v in parts.items()).backward()
+        if WORLD > 1:
+            average_gradients(module, WORLD)
         optimizer.step(scale)
         return {k: v.detach() for k, v in parts.items()}
     update = GraphedStep(update)
@@ -1822,14 +1902,16 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
         tensors.update({f"optimizer.{k}": v for k, v in optimizer.state().items()})
         run.save("state", tensors, stage=name, step=step)
 
-    if start == 0:
+    if start == 0 and not RANK:
         sample(0)
     stopped: list[int] = []
-    previous = {s: signal.signal(s, lambda number, frame: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    began, log = time.perf_counter(), open(run.folder / "log.jsonl", "a", buffering=1)
+    # several processes would stop at different steps: there a signal ends them, and the last checkpoint counts
+    previous = {s: signal.signal(s, lambda number, frame: stopped.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM) if WORLD == 1}
+    began, log = time.perf_counter(), open(os.devnull if RANK else run.folder / "log.jsonl", "a", buffering=1)
     try:
         with ThreadPoolExecutor(1) as ahead, tqdm(total=steps, initial=start, desc=name.ljust(14), unit="step",
-                                                  mininterval=1.0, dynamic_ncols=True) as bar:
+                                                  mininterval=1.0, dynamic_ncols=True, disable=RANK > 0) as bar:
             pending = None
             for step in range(start, steps):
                 batch = (pending.result() if pending else make(step)).to(device)
@@ -1848,14 +1930,16 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
                     bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()})
                     log.write(json.dumps({"stage": name, "step": step, **values,
                                           "seconds": round(time.perf_counter() - began, 2)}) + "\n")
-                if (step + 1) % cfg.sample_every == 0 or step + 1 == steps:
+                if not RANK and ((step + 1) % cfg.sample_every == 0 or step + 1 == steps):
                     sample(step + 1)
                 if step + 1 < steps and (stopped or (step + 1) % cfg.save_every == 0):
                     checkpoint(step + 1)
                     if stopped:
                         raise Interrupted(128 + stopped[0])
         run.save(name, module.state_dict(), stage=name, steps=steps)
-        (run.folder / "state.safetensors").unlink(missing_ok=True)
+        if not RANK:
+            (run.folder / "state.safetensors").unlink(missing_ok=True)
+        together()                                                    # the others go on when the file is there
     finally:
         log.close()
         for s, handler in previous.items():
@@ -1929,7 +2013,7 @@ def borrow(cfg: Config, run: Run, other: Run) -> None:
 
 def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     """Every stage in order, each skipped if its weights are there: tokenizer, base (both of `other` if that is given), the
-    arms, the report.
+    arms, the report. Of the W processes of torchrun, process r takes the batches W · step + r and the mean of all gradients.
     """
     from eval import evaluate, show
     device, why = choose_device(cfg)
@@ -1942,12 +2026,21 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
         cfg.validate()
         for use, split in [(use, split) for use in USES for split in ("train", "val")]:
             data.pool(split, use)                  # complains about what is missing before anything is written
+    if WORLD > 1:
+        if cuda := device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    if RANK:                                                          # what the first process writes is there for all
+        together()
     if other:
         borrow(cfg, run, other)
     run.open(cfg)
     if complaint:
         print(complaint)
         run.write("bad_records.txt", (data.folder / "bad_records.txt").read_bytes())
+    if not RANK:
+        together()
     print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
     fast = compiled if cfg.compile and device.type != "mps" else lambda function: function
     block, loss = fast(Block.forward), fast(token_loss)
@@ -1956,6 +2049,7 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     seen = val_r.image.to(device)
     prompts_of_grid = GRID_PROMPTS if cfg.data == "scenes" else [caption(val, b, word_rng(val, b), cfg) for b in range(8)]
 
+    own = lambda step: step * WORLD + RANK                            # the batch that this process takes
     torch.manual_seed(cfg.seed)
     tokenizer = VisionTokenizer(cfg).to(device)
     base = UnifiedModel(cfg).to(device)
@@ -1983,12 +2077,12 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
 
     if not run.done("tokenizer"):
         train_stage(run, cfg, "tokenizer", tokenizer, cfg.tok_steps, (cfg.lr, cfg.tok_adam_lr),
-                    lambda step: tokenizer_batch(cfg, step), lambda image: tokenizer_loss(tokenizer, image, block),
+                    lambda step: tokenizer_batch(cfg, own(step)), lambda image: tokenizer_loss(tokenizer, image, block),
                     sample_tokenizer)
     run.restore("tokenizer", tokenizer)
     if not run.done("base"):
         train_stage(run, cfg, "base", base, cfg.base_steps, (cfg.lr, cfg.adam_lr),
-                    lambda step: make_batch(cfg, "train", step, cfg.vqa_batch, cfg.t2i_batch),
+                    lambda step: make_batch(cfg, "train", own(step), cfg.vqa_batch, cfg.t2i_batch),
                     lambda batch: losses(base, tokenizer, batch, block, loss), lambda step: sample_model(base, "base", step))
     for arm in cfg.arms:
         if not run.done(arm):
@@ -1998,15 +2092,18 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
 
             def make(step: int) -> Batch:
                 if step < first:
-                    return make_batch(cfg, "arm", step, 0, 0, arm, samples)
-                return make_batch(cfg, "arm", step - first, cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
+                    return make_batch(cfg, "arm", own(step), 0, 0, arm, samples)
+                return make_batch(cfg, "arm", own(step - first), cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
 
             train_stage(run, cfg, arm, model, first + cfg.arm_steps, (cfg.arm_lr * cfg.lr, cfg.arm_lr * cfg.adam_lr),
                         make, lambda batch: losses(model, tokenizer, batch, block, loss),
                         lambda step: sample_model(model, arm, step), phases=2 if first else 1)
-    if not (run.folder / "report.json").exists():
-        evaluate(run, device)
-    print(show(run))
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+    if not RANK:
+        if not (run.folder / "report.json").exists():
+            evaluate(run, device)
+        print(show(run))
 
 @contextlib.contextmanager
 def hub(task: str):
@@ -2243,6 +2340,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"got {' and '.join(map(flag, verbs)) or 'nothing to do'}; "
                             "give one of --train, --generate, --ask, --segment, --push (see --help)")
         if args.train:
+            if RANK:
+                sys.stdout = open(os.devnull, "w")                    # the first process speaks for all
             gpu, photos = torch.cuda.is_available() and given.get("device") != "cpu", given.get("data", "scenes") != "scenes"
             preset = args.preset or (("coco" if photos else "base") if gpu else ("coco-tiny" if photos else "tiny"))
             if not args.preset:
