@@ -11,15 +11,16 @@ to generate, copies of it are post-trained: one with replay only (the SFT contro
 the image they look at, such as its instance segmentation. The image enters only as understanding patches, so the dense
 loss of the drawing flows into the features that answer questions (arXiv 2605.18714).
 
-    1. Config      one flat dataclass is the command line           6. Model       one transformer, two heads
-    2. Scenes      the data set: endless, rendered, exact labels    7. Batches     documents packed into rows
-    3. Language    words, captions, questions                       8. Sampling    answers and pictures
-    4. Proxies     one table: name → target image                   9. Training    one loop, the run folder
-    5. Tokenizer   image ↔ ids, finite scalar quantization         10. Commands    train, generate, ask, segment, push
+    1. Config        one flat dataclass is the command line         7. Model       one transformer, two heads
+    2. Scenes        the data set: endless, rendered, exact         8. Batches     documents packed into rows
+    3. Photographs   COCO, VOC, SA-1B, the Hub, a cache             9. Sampling    answers and pictures
+    4. Language      words, captions, questions                    10. Training    one loop, the run folder
+    5. Proxies       one table: name → target image                11. Commands    train, generate, ask, segment, push
+    6. Tokenizer     image ↔ ids, finite scalar quantization
 
-To add a proxy, add a line to PROXIES (4), with prompts of six words of the LEXICON (3). To add a question kind, add a
-function to QUESTIONS (3). To train on your own data, replace `render` and `sample_scenes` (2). To try another head, change
-`image_head` and `image_logits` (6), its loss in `losses` (7), and the guidance in `generate` (8), which needs a linear one.
+To add a proxy, add a line to PROXIES (5), with prompts of six words of the LEXICON (4). To add a question kind, add a
+function to QUESTIONS (4). For a data set in another format add a reader beside `read_coco` (3). To try another head, change
+`image_head` and `image_logits` (7), its loss in `losses` (8), and the guidance in `refine` (9), which needs a linear one.
 
 Letters in shape comments: B batch, S sequence, T text, N image tokens (a grid of G × G), D width, H heads, K codebook,
 C channels, M objects, P pixels a side, U understanding patches.
@@ -177,7 +178,7 @@ class Config:
             (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= (12 if photos else 4),
              f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}",
              "choose 3-8, 3-8 and 2-4 (of photographs 2-12)"),
-            (len(self.categories.split(",")) <= 200 and len(self.words) < 10 ** 6, "the data name more than 200 categories",
+            (len(self.categories.split(",")) <= 200 and len(self.words) < 10 ** 5, "more than 200 categories, or too many words",
              "leave some out"),
             (not set(self.arms) & set(PROXIES) - set(proxies_of(self)), f"proxies={self.proxies!r}",
              f"photographs have no depth and one view only: choose from {', '.join(proxies_of(self))}"),
@@ -402,7 +403,7 @@ def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered
     category = per_object(scenes.shape + 1).gather(1, instance.flatten(1)).view_as(instance)
     return Rendered(image.clamp(0, 1), instance, category, depth, torch.zeros_like(instance))
 
-# ==== 2b. Photographs: annotated data behind the same two functions =========================================
+# ==== 3. Photographs: annotated data behind the same two functions ==========================================
 
 class BadRecord(Exception):
     """Something in a data set that cannot be used, and why: it is counted, named and skipped."""
@@ -583,19 +584,21 @@ def read_coco(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], l
                 if isinstance(c.get("image_id"), int) and c["image_id"] in new and isinstance(c.get("caption"), str):
                     images[c["image_id"]][3].append(" ".join(re.findall(r"[\w',-]+", c["caption"][:400].lower())))
         for f, data in panoptic:
-            kind = {c.get("id"): named(c) for c in listed(data, "categories") if not c.get("isthing")}
+            kind = {c["id"]: named(c) for c in listed(data, "categories") if isinstance(c.get("id"), int) and not c.get("isthing")}
             stuff += [name for name in dict.fromkeys(kind.values()) if name not in stuff]
             for p in listed(data, "annotations"):
                 if isinstance(p.get("image_id"), int) and p["image_id"] in images and isinstance(p.get("file_name"), str):
                     segments = {s.get("id"): 1 + stuff.index(kind[s["category_id"]]) for s in listed(p, "segments_info")
-                                if isinstance(s.get("id"), int) and s.get("category_id") in kind}
+                                if isinstance(s.get("id"), int) and isinstance(s.get("category_id"), int) and s["category_id"] in kind}
                     images[p["image_id"]][4].update(path=f.with_suffix("") / p["file_name"], within=within, segments=segments)
 
         def load(folder, name, size, annotations, panoptic):
             return read_inside(folder / name, within), size, annotations, panoptic
         sources += [Source(name, split if len(files) == 2 else "", functools.partial(load, folder, name, size, found, extra), texts)
                     for name, size, found, texts, extra in images.values()]
-    return sources, names, stuff[:200]
+    if max(len(names), len(stuff)) > 200:          # they are bytes in the cache, and colors in a target
+        raise UserError(f"{root} names {len(names)} categories of things and {len(stuff)} of stuff; 200 of each are the most")
+    return sources, names, stuff
 
 def read_sam(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
     """Photographs of SA-1B shards: pairs of sa_ID.jpg and sa_ID.json in a folder, in .tar files in it, or in one .tar, which
@@ -666,6 +669,54 @@ def read_voc(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], li
     if not sources:
         raise UserError(f"{root} holds no SegmentationClass/*.png beside JPEGImages/, nor semantic/ beside images/; name a VOC folder")
     return sources, VOC, []
+
+# --- the Hugging Face Hub: data sets come from it, finished runs go to it and come back ------------------------------
+
+@contextlib.contextmanager
+def hub(task: str):
+    """huggingface_hub, imported late, quiet and impatient; whatever goes wrong in it becomes one line."""
+    import huggingface_hub as hf
+    from huggingface_hub import errors, utils
+    utils.logging.set_verbosity(utils.logging.CRITICAL)                  # what matters comes as an exception
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    # most of its requests have no timeout and would wait for a silent server for ever; a large commit may take it a while
+    hf.get_session().event_hooks["request"].append(lambda request: request.extensions.update(timeout={
+        what: seconds or (10 if what == "connect" else 60) for what, seconds in request.extensions["timeout"].items()}))
+    try:
+        yield hf
+    except UserError:
+        raise
+    except Exception as e:                         # its own errors, those of HTTP, of locks, of disks, …
+        while e.__cause__ and not isinstance(e, errors.HfHubHTTPError):
+            e = e.__cause__
+        login, said = "log in with: hf auth login", f"{type(e).__name__}: {e}"
+        if isinstance(e, errors.HfHubHTTPError):
+            said = f"HTTP {e.response.status_code}, {e.server_message or 'no reason given'}"
+        raise UserError(f"{task}: " + next(line for kind, line in [
+            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and a copy in the cache does not suffice; unset it"),
+            (errors.GatedRepoError, f"it is gated; ask for access on its page and {login}"),
+            (errors.RepositoryNotFoundError, f"it is not there, or private; check the name, or {login}"),
+            (errors.RevisionNotFoundError, "it has no such revision; correct what follows the @, or leave it out"),
+            (errors.HfHubHTTPError, f"{said}; try later, or {login}"),
+            (errors.HFValidationError, f"{e}; give user/repo"),
+            (Exception, f"{said}; check the network and HF_ENDPOINT")] if isinstance(e, kind))) from None
+
+HUB_NAME = re.compile(r"(?!runs/|.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")        # user/repo, user/repo@revision
+
+def on_hub(name: str) -> bool:
+    """Whether a name is one on the Hugging Face Hub; where there is a folder `user`, user/repo is a path."""
+    return bool(HUB_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
+
+def pull(name: str, kind: str) -> Path:
+    """The folder of a "model" (a run) or "dataset" on the Hub: up to date, or what the cache has if the Hub is out of reach."""
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name on the Hub; give user/repo or user/repo@revision")
+    repo, _, revision = name.partition("@")
+    stages = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *PROXIES)]   # and not the gigabytes of some other model
+    with hub(f"cannot get the {kind} {name} from the Hub") as hf:
+        return Path(hf.snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=None if kind == "dataset"
+                                         else ["config.json", "report.*", "log.jsonl", "samples/*", *stages]))
 
 # --- the cache: every photograph decoded and resized once
 
@@ -868,7 +919,7 @@ def sample(cfg: Config, split: str, index: np.ndarray, use: str = "questions") -
         return sample_photos(cfg, split, index, use)
     return sample_scenes(cfg, split, index, 0.0 if use == "captions" else 0.5)
 
-# ==== 3. Language: words, captions, questions ===============================================================
+# ==== 4. Language: words, captions, questions ===============================================================
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 LEXICON = """a and is are there the of in than how many what color shape where object objects more plus list big small left
@@ -1143,7 +1194,7 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
     turns.append(tokens(*last))
     return [i for q, a in turns for i in q + a], [said for q, a in turns for said in [False] * len(q) + [True] * len(a)]
 
-# ==== 4. Proxies: what the model may be asked to draw of an image that it looks at ==========================
+# ==== 5. Proxies: what the model may be asked to draw of an image that it looks at ==========================
 
 # Well-separated colors; index 0 is the background. Instances take them in scan order, which leaves the model no choice
 # to guess (SegGPT lost 9-10 points with random colors).
@@ -1285,7 +1336,7 @@ def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Te
         prompts.append(prompt.format(**referent(scenes, b)._asdict()).replace("  ", " ") if "{" in prompt else prompt)
     return source, prompts, proxy.target(cfg, scenes, r)
 
-# ==== 5. Vision tokenizer: image ↔ grid of ids ==============================================================
+# ==== 6. Vision tokenizer: image ↔ grid of ids ==============================================================
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, in) times a weight (out, in) kept in fp32 and used in the precision of x."""
@@ -1432,7 +1483,7 @@ class VisionTokenizer(nn.Module):
         """ids (B, N) → image (B, 3, P, P) in [0, 1]."""
         return self.reconstruct(self.code(ids)).clamp(0, 1)
 
-# ==== 6. The unified model ==================================================================================
+# ==== 7. The unified model ==================================================================================
 
 class UnifiedModel(nn.Module):
     """One transformer over understanding patches, text ids and image ids, with a text head and an image head.
@@ -1483,7 +1534,7 @@ def token_loss(h: Tensor, head: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy (n,) of h (n, D) → linear head (K, D) → target ids (n,), in fp32; 0 where the target is -100."""
     return F.cross_entropy(linear(h, head).float(), target, reduction="none", ignore_index=-100)
 
-# ==== 7. Batches: documents packed into rows of one length ==================================================
+# ==== 8. Batches: documents packed into rows of one length ==================================================
 
 class Batch(NamedTuple):
     """Rows of S tokens, and where in the flattened (B·S) rows everything lies. All shapes depend on the config alone."""
@@ -1602,7 +1653,7 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
             out[name] = each[part].sum() / batch.is_masked[part].sum()
     return out
 
-# ==== 8. Sampling: answers and pictures =====================================================================
+# ==== 9. Sampling: answers and pictures =====================================================================
 
 def cast_once(function):
     """A function of a model and tensors that casts every matrix once, and not in each of its steps: the same to the bit."""
@@ -1758,7 +1809,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
         out = [row + more for row, more in zip(out, tokens.tolist())]
     return [cfg.text.decode(row) for row in out]
 
-# ==== 9. Training: one loop, the run folder =================================================================
+# ==== 10. Training: one loop, the run folder ================================================================
 
 def rate_factor(step: int, steps: int) -> float:
     """Learning-rate factor: a short warm-up, constant, then linear to zero over the last half."""
@@ -1947,7 +1998,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
     if stopped:
         raise Interrupted(128 + stopped[0])
 
-# ==== 10. Commands ==========================================================================================
+# ==== 11. Commands ==========================================================================================
 
 def choose_device(cfg: Config) -> tuple[torch.device, str]:
     """The device to use, and why."""
@@ -2104,52 +2155,6 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
         if not (run.folder / "report.json").exists():
             evaluate(run, device)
         print(show(run))
-
-@contextlib.contextmanager
-def hub(task: str):
-    """huggingface_hub, imported late, quiet and impatient; whatever goes wrong in it becomes one line."""
-    import huggingface_hub as hf
-    from huggingface_hub import errors, utils
-    utils.logging.set_verbosity(utils.logging.CRITICAL)                  # what matters comes as an exception
-    if not sys.stderr.isatty():
-        utils.disable_progress_bars()
-    # most of its requests have no timeout and would wait for a silent server for ever; a large commit may take it a while
-    hf.get_session().event_hooks["request"].append(lambda request: request.extensions.update(timeout={
-        what: seconds or (10 if what == "connect" else 60) for what, seconds in request.extensions["timeout"].items()}))
-    try:
-        yield hf
-    except UserError:
-        raise
-    except Exception as e:                         # its own errors, those of HTTP, of locks, of disks, …
-        while e.__cause__ and not isinstance(e, errors.HfHubHTTPError):
-            e = e.__cause__
-        login, said = "log in with: hf auth login", f"{type(e).__name__}: {e}"
-        if isinstance(e, errors.HfHubHTTPError):
-            said = f"HTTP {e.response.status_code}, {e.server_message or 'no reason given'}"
-        raise UserError(f"{task}: " + next(line for kind, line in [
-            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and a copy in the cache does not suffice; unset it"),
-            (errors.GatedRepoError, f"it is gated; ask for access on its page and {login}"),
-            (errors.RepositoryNotFoundError, f"it is not there, or private; check the name, or {login}"),
-            (errors.RevisionNotFoundError, "it has no such revision; correct what follows the @, or leave it out"),
-            (errors.HfHubHTTPError, f"{said}; try later, or {login}"),
-            (errors.HFValidationError, f"{e}; give user/repo"),
-            (Exception, f"{said}; check the network and HF_ENDPOINT")] if isinstance(e, kind))) from None
-
-HUB_NAME = re.compile(r"(?!runs/|.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")        # user/repo, user/repo@revision
-
-def on_hub(name: str) -> bool:
-    """Whether a name is one on the Hugging Face Hub; where there is a folder `user`, user/repo is a path."""
-    return bool(HUB_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
-
-def pull(name: str, kind: str) -> Path:
-    """The folder of a "model" (a run) or "dataset" on the Hub: up to date, or what the cache has if the Hub is out of reach."""
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no name on the Hub; give user/repo or user/repo@revision")
-    repo, _, revision = name.partition("@")
-    stages = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *PROXIES)]   # and not the gigabytes of some other model
-    with hub(f"cannot get the {kind} {name} from the Hub") as hf:
-        return Path(hf.snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=None if kind == "dataset"
-                                         else ["config.json", "report.*", "log.jsonl", "samples/*", *stages]))
 
 CARD = """---
 license: mit

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,10 +15,11 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import weakref
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -1222,7 +1224,7 @@ def test_masks_of_photographs_are_those_of_pycocotools_small_ones_on_top(cached)
         data["annotations"].insert(0, {"id": 9999, "image_id": 1, "category_id": 9, "segmentation": [[10, 20, 10, 26, 18, 26, 18, 20]]})
     folder = write_coco(cached / "coco", size=(32, 32), change=inner)
     data, cfg = opened(folder)
-    with benchmark.contextlib.redirect_stdout(benchmark.io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
         coco = benchmark.COCO(str(folder / "annotations/instances_train2017.json"))
     masks = [coco.annToMask(a) for a in sorted(coco.imgToAnns[1], key=lambda a: -coco.annToMask(a).sum())]
     want = np.zeros((32, 32), int)
@@ -1373,9 +1375,9 @@ def test_the_cache_is_used_again_and_only_for_the_same_files_and_settings(cached
 
 def write_tar(path, folder, extra=()):
     """An SA-1B shard made of a COCO folder, with hostile members on request."""
-    import io, tarfile
-    with benchmark.contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
         coco = benchmark.COCO(str(folder / "annotations/instances_train2017.json"))
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         def add(name, data=b"", **about):
             info = tarfile.TarInfo(name)
@@ -1394,7 +1396,6 @@ def write_tar(path, folder, extra=()):
 
 def test_a_tar_of_class_agnostic_masks_is_read_where_it_lies_and_hostile_members_are_named(cached):
     """A link, device, absurd size or path in a shard; a picture without annotations; masks of another picture."""
-    import tarfile
     folder = write_coco(cached / "coco", n=30)
     hostile = [("sa_900.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), ("sa_900.json", b'{"image": {}}', {}),
                ("sa_901.jpg", b"", {"type": tarfile.CHRTYPE}), ("sa_901.json", b'{"image": {"height": 32, "width": 48}}', {}),
@@ -1461,3 +1462,18 @@ def test_photographs_train_from_the_command_line_and_mistakes_get_one_line(cache
         assert sgt.main([*map(str, args), *data.split(" ")]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith("error: ") and says in line and contents(cached / "runs") == before
+
+def test_a_data_set_comes_from_the_hub_in_either_layout_and_from_the_cache_when_it_is_away(hub, cached):
+    """Links of the Hub's cache taken for paths that leave the folder; a fetched data set that needs the network again."""
+    folder = write_coco(cached / "coco")
+    write_tar(cached / "shards/shard.tar", folder)
+    for name, local in (("photos", folder), ("shards", cached / "shards")):
+        hub.repos[f"user/{name}"], hub.private[f"user/{name}"] = {"1" * 40: contents(local)}, False
+    code = ("import sgt, sys\ntry:\n    d = sgt.photographs(sys.argv[1], 32, 4)\n    print(d.images[:].astype(int).sum(), d.bad)\n"
+            "except sgt.UserError as e:\n    print(e)")
+    show = lambda data, **env: subprocess.run([sys.executable, "-c", code, data], cwd=HERE, env={**os.environ, **hub.env, **env},
+                                              capture_output=True, text=True).stdout.strip()
+    local = show(f"coco:{folder}")
+    assert local.endswith("[]") and show("hf:user/photos") == local == show("hf:user/photos", HF_ENDPOINT="http://127.0.0.1:9")
+    assert show("hf:user/shards") == show(f"sam:{cached / 'shards'}") != local
+    assert "not there" in show("hf:user/none") and "is no name" in show("hf:photos") and "OFFLINE" in show("hf:user/none", HF_HUB_OFFLINE="1")
