@@ -422,9 +422,20 @@ def geneval_prompts(cfg: Config, total: int) -> tuple[list[Prompt], Tensor]:
         if not +need:
             return prompts, torch.stack(images)
 
+def exactly(objects: list[Thing], found: list[Thing]) -> bool:
+    """Whether a picture was parsed exactly: every object's color and shape within 1.5 pixels of its place, and nothing else."""
+    rest = list(found)
+    for o in objects:
+        close = [f for f in rest if (f.color, f.shape) == (o.color, o.shape) and math.hypot(f.x - o.x, f.y - o.y) < 1.5]
+        if not close:
+            return False
+        rest.remove(close[0])
+    return not rest
+
 def score_pictures(cfg: Config, prompts: list[Prompt], images: Tensor) -> dict:
     """GenEval score in percent by kind, and the mean over kinds. Also, of the pictures of position prompts that show both
-    shapes (`layout_seen`, percent), how many pixels a centre is from where the words hold (`layout_error`).
+    shapes (`layout_seen`, percent), how many pixels a centre is from where the words hold (`layout_error`), and the share of
+    pictures that are parsed as exactly what the prompt was made of (`exact`).
     """
     found, hits, errors = judge(cfg, images), {kind: [] for kind in GENEVAL}, []
     for p, f in zip(prompts, found):
@@ -434,7 +445,8 @@ def score_pictures(cfg: Config, prompts: list[Prompt], images: Tensor) -> dict:
     score, errors = {kind: 100 * float(np.mean(each)) for kind, each in hits.items()}, [e for e in errors if e is not None]
     return {**score, "average": float(np.mean(list(score.values()))), "hits": bits(hits),
             "layout_seen": 100 * len(errors) / max(1, len(hits["position"])),
-            "layout_error": float(np.mean(errors)) if errors else None}
+            "layout_error": float(np.mean(errors)) if errors else None,
+            "exact": 100 * float(np.mean([exactly(p.objects, f) for p, f in zip(prompts, found)]))}
 
 def layout_error(prompt: Prompt, found: list[Thing]) -> float | None:
     """How far (pixels) one of two objects must move, along the axis of the words, until they are true; 0 where they are;
@@ -453,21 +465,6 @@ def layout_error(prompt: Prompt, found: list[Thing]) -> float | None:
         needed = max(1.5 * abs(across_p - across_q), 1.0)             # the rule of `relation`
         return 0.0 if sgt.relation(p, q) == word else max(0.0, needed - sign * (along_p - along_q))
     return min(distance(p, q) for p, q in pairs)
-
-def judge_accuracy(cfg: Config, prompts: list[Prompt], images: Tensor) -> float:
-    """Share of true pictures that the judge parses exactly: every object's color and shape, nothing else, within 1.5
-    pixels of its place."""
-    def exact(objects: list[Thing], found: list[Thing]) -> bool:
-        if len(objects) != len(found):
-            return False
-        rest = list(found)
-        for o in objects:
-            close = [f for f in rest if (f.color, f.shape) == (o.color, o.shape) and math.hypot(f.x - o.x, f.y - o.y) < 1.5]
-            if not close:
-                return False
-            rest.remove(close[0])
-        return True
-    return 100 * float(np.mean([exact(p.objects, f) for p, f in zip(prompts, judge(cfg, images))]))
 
 def drawn_targets(cfg: Config, model, tokenizer, name: str, total: int, split: str = "val") -> tuple[Tensor, Tensor, Tensor]:
     """What a model draws of validation pictures when asked for proxy `name` (without a model the true target, sent through
@@ -629,7 +626,7 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
         prompts, pictures = geneval_prompts(cfg, cfg.eval_prompts)
         round_trip = torch.cat([tokenizer.decode(tokenizer.encode(p.to(device))).cpu() for p in pictures.split(250)])
         for name, images in (("judge", pictures), ("tokenizer", round_trip)):
-            report[name] = {"exact": judge_accuracy(cfg, prompts, images), **score_pictures(cfg, prompts, images)}
+            report[name] = score_pictures(cfg, prompts, images)
     else:                                          # no judge of what a drawn photograph shows; but what is learned by heart shows
         learned = questions(cfg, "train", cfg.eval_questions)
         prompts = [Prompt("", sgt.caption(val, b, sgt.word_rng(val, b), cfg), None) for b in range(8)]

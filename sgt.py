@@ -409,6 +409,9 @@ def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered
 class BadRecord(Exception):
     """Something in a data set that cannot be used, and why: it is counted, named and skipped."""
 
+def why(e: Exception) -> str:
+    return str(e) if isinstance(e, BadRecord) else f"{type(e).__name__}: {e}"
+
 LARGEST = 100_000_000                 # bytes of a file, pixels of a picture; beyond it is a mistake or an attack
 
 def upright(file, annotated: tuple[int, int] | None = None) -> Image.Image:
@@ -499,12 +502,10 @@ def checked(a: dict, categories: dict[int, int], seen: set[int]) -> Annotation:
     return Annotation(categories[category], a.get("segmentation") or None, box, crowd, bad)
 
 class Source(NamedTuple):
-    """One photograph of a data set; `load()` gives its bytes, (height, width), annotations and what panoptic PNG belongs to
-    it, as (path, {segment id: stuff class}) or None.
-    """
+    """One photograph of a data set, not read yet."""
     name: str
     split: str                        # train, val, or "" where the data do not say
-    load: object
+    load: object                      # () → its bytes, (height, width), annotations, and where its panoptic PNG is, or {}
     captions: list[str]
 
 def read_json(data: bytes, name: str) -> dict:
@@ -526,7 +527,7 @@ def read_inside(path: Path, root: Path) -> bytes:
             raise BadRecord("no such file" if not real.exists() else "no plain file, or absurdly large")
         return real.read_bytes()
     except (ValueError, OSError) as e:
-        raise BadRecord(f"{e.__class__.__name__}: {e}") from None
+        raise BadRecord(why(e)) from None
 
 def listed(data: dict, key: str) -> list[dict]:
     """The entries of a list in a COCO file; those that are no objects come as empty ones."""
@@ -760,17 +761,12 @@ def digest(source: Source, P: int, most: int, bad: list[str]) -> tuple[np.ndarra
     it is fit for that. None if it cannot be used at all.
     """
     try:
-        try:
-            data, (h, w), annotations, panoptic = source.load()
-            picture = upright(io.BytesIO(data), (w, h))
-        except BadRecord:
-            raise
-        except Exception as e:                     # Pillow raises a dozen kinds of errors for damaged files
-            raise BadRecord(f"{e.__class__.__name__}: {e}") from None
+        data, (h, w), annotations, panoptic = source.load()
+        picture = upright(io.BytesIO(data), (w, h))
         if picture.size != (w, h):
             raise BadRecord(f"has {picture.size[0]} × {picture.size[1]} pixels, annotated as {w} × {h}")
-    except BadRecord as e:
-        bad.append(f"image {source.name!r:.80}: {e}")
+    except Exception as e:                         # Pillow raises a dozen kinds of errors for damaged files
+        bad.append(f"image {source.name!r:.80}: {why(e)}")
         return None
     maps, objects, whole = np.zeros((3, P, P), np.uint8), [], True
     for nth, a in enumerate(annotations, 1):
@@ -810,25 +806,24 @@ def digest(source: Source, P: int, most: int, bad: list[str]) -> tuple[np.ndarra
             stuff = sum(np.uint8(number) * (ids == segment) for segment, number in panoptic["segments"].items()) + np.zeros((h, w), np.uint8)
             maps[2] = np.asarray(Image.fromarray(stuff).resize((P, P), Image.Resampling.NEAREST))
         except Exception as e:                     # a damaged picture again
-            bad.append(f"panoptic {source.name!r:.80}: {e.__class__.__name__}: {e}")
+            bad.append(f"panoptic {source.name!r:.80}: {why(e)}")
     asked = bool(table[:, 4].any())
     return squeeze(picture, P), maps, table, [True, asked, asked or bool(source.captions), whole and bool(table[:, 5].any())]
 
 def build_cache(target: Path, found: tuple, P: int, most: int, bad: list[str]) -> None:
     """Write the arrays of a data set to a new folder and rename that: half a cache is never seen, the first of two wins."""
-    sources, names, stuff = found
+    (sources, names, stuff), pool = found, ThreadPoolExecutor(os.cpu_count())
     temporary = target.with_name(f"{target.name}.{os.getpid()}")
     records = Counter(line.split()[0] for line in bad) + Counter(image=len(sources), panoptic=len(sources))
     try:
         temporary.mkdir(parents=True)
         create = lambda name, *shape: np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.uint8, (len(sources), *shape))
         images, maps, tables, fit, kept = create("images", P, P, 3), create("maps", 3, P, P), [], [], []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            read = pool.map(lambda source: digest(source, P, most, bad), sources)
-            for source, result in zip(sources, tqdm(read, "reading pictures", len(sources), mininterval=1.0, dynamic_ncols=True)):
-                if result:
-                    images[len(kept)], maps[len(kept)], table, uses = result
-                    tables.append(table), fit.append(uses), kept.append(source)
+        read = pool.map(lambda source: digest(source, P, most, bad), sources)
+        for source, result in zip(sources, tqdm(read, "reading pictures", len(sources), mininterval=1.0, dynamic_ncols=True)):
+            if result:
+                images[len(kept)], maps[len(kept)], table, uses = result
+                tables.append(table), fit.append(uses), kept.append(source)
         if not kept:
             raise UserError(f"none of the {len(sources)} pictures can be used: {'; '.join(bad[:3])}")
         held_out = [s.split == "val" if s.split else hashlib.sha256(s.name.encode()).digest()[0] < 26 for s in kept]    # 10 %
@@ -843,6 +838,7 @@ def build_cache(target: Path, found: tuple, P: int, most: int, bad: list[str]) -
         with contextlib.suppress(OSError):         # somebody else was faster
             temporary.rename(target)
     finally:
+        pool.shutdown(cancel_futures=True)         # or Ctrl-C would wait for all pictures
         shutil.rmtree(temporary, ignore_errors=True)
 
 @functools.lru_cache(4)
