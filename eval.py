@@ -630,7 +630,8 @@ def evaluate(run: sgt.Run, device: torch.device) -> dict:
     else:                                          # no judge of what a drawn photograph shows; but what is learned by heart shows
         learned = questions(cfg, "train", cfg.eval_questions)
         prompts = [Prompt("", sgt.caption(val, b, sgt.word_rng(val, b), cfg), None) for b in range(8)]
-        report["photographs"] = {kind: [int(i.scenes.which[i.index]) for i in items if i.kind == kind] for kind in sgt.kinds_of(cfg)}
+        report["photographs"] = {kind: [int(i.scenes.which[i.index]) for i in items if i.kind == kind]
+                                 for kind in sgt.kinds_of(cfg)}
     report["prompts"] = len(prompts)
     # the picture beside the numbers: eight pictures cut up, eight prompts drawn, by every model
     shown = [len(prompts) * i // 8 for i in range(8)]
@@ -682,15 +683,15 @@ def markdown(report: dict) -> str:
     models, blind = report["models"], report["blind"]
     arms, names, kinds = list(models), [label(arm) for arm in models], [k for k in QUESTIONS if k in blind["majority"]]
     of = lambda part, key: [models[a][part][key] for a in arms]
-    independent = len({i for each in report["photographs"].values() for i in each}) if "photographs" in report else report["questions"]
-    error = 100 * math.sqrt(0.25 / independent)
+    photographs = {i for each in report.get("photographs", {}).values() for i in each}
+    error = 100 * math.sqrt(0.25 / (len(photographs) or report["questions"]))
     out = [f"Understanding: accuracy in %, {report['questions']} questions"
-           + (f" about {independent} photographs (standard error of an average at most {error:.1f})" if "photographs" in report else
+           + (f" about {len(photographs)} photographs (standard error of an average at most {error:.1f})" if photographs else
               f" (standard error of an average at most {error:.1f}, of a kind {error * math.sqrt(len(kinds)):.1f})"),
            table(["question", "majority", "question only", *names],
                  [[k, blind["majority"][k], blind["question_only"][k], *of("understanding", k)]
                   for k in [*kinds, "perception", "reasoning", "average"]]
-                 + ([["average, training photographs", None, None, *of("learned", "average")]] if "photographs" in report else []))]
+                 + ([["average, training photographs", None, None, *of("learned", "average")]] if photographs else []))]
     if models["base"]["pope"]:
         out += ["\nExistence by POPE: yes or no, half and half, in %",
                 table(["negatives", "metric", *names],
@@ -785,7 +786,8 @@ def study(reports: list[dict]) -> str:
         pq = [part["pq"] for r in reports if "pq" in (part := r["models"][arm].get("segmentation", {}))]
         difference = [""] * (2 if "generation" in measured else 1)
         if arm not in ("base", "none"):
-            difference = ["{:+.1f} (p {:.3f})".format(*against([arm], ["none"], m)) for m in ("understanding", "generation") if m in measured]
+            difference = ["{:+.1f} (p {:.3f})".format(*against([arm], ["none"], m))
+                          for m in ("understanding", "generation") if m in measured]
         rows.append(["" if arm in ("base", "none") else sgt.PROXIES[arm].level, label(arm),
                      *(spread(values(arm, m)) for m in measured), spread(np.array(pq)) if len(pq) == n else "–", *difference])
     of_level = lambda level: [a for a in arms if a in sgt.PROXIES and sgt.PROXIES[a].level == level]
@@ -928,7 +930,8 @@ def write_html(run: sgt.Run, report: dict) -> None:
         by_layer = lambda key, part: {label(a): list(enumerate(m[key][part], 1)) for a, m in arms.items()}
         first = next(iter(arms.values()))
         chance = {"chance": list(enumerate(first["looks_at"]["chance"], 1))}
-        layers += [picture("Where the models look for the answer", (run.folder / "samples/attention.png").read_bytes()), "<h2>Layers</h2>"]
+        maps = (run.folder / "samples/attention.png").read_bytes()
+        layers += [picture("Where the models look for the answer", maps), "<h2>Layers</h2>"]
         layers += [svg_lines("attention of the answer on the image, % by layer", by_layer("looks_at", "image"), 0.0),
                   svg_lines("… of that on the object asked about, %", {**by_layer("looks_at", "object"), **chance}, 0.0),
                   svg_lines("… and from the word that names it, %", {**by_layer("looks_at", "object from its name"), **chance}, 0.0)]

@@ -33,6 +33,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -74,7 +75,7 @@ class Config:
     """Every setting of a run. The comment behind a field is its --help text; presets are dicts over it."""
     seed: int = 0                     # everything random derives from (seed, step)
     # the data
-    data: str = "scenes"              # scenes (rendered), or photographs: coco:DIR, voc:DIR, sam:DIR_OR_TAR, hf:USER/DATASET[@REVISION]
+    data: str = "scenes"              # scenes (rendered), or photographs: coco:DIR, voc:DIR, sam:DIR_OR_TAR, hf:USER/DATASET
     tolerate: float = 1.0             # photographs: percent of bad records to skip; more stop the run
     categories: str = ""              # photographs: names of what is annotated; found in the data
     words: str = ""                   # photographs: words beside the built-in ones; found in the data
@@ -481,10 +482,10 @@ def decode_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
 
 class Annotation(NamedTuple):
     category: int
-    segmentation: list | dict | np.ndarray | None                     # None: only a box
-    box: list[float] | None                                           # x, y, width, height
+    segmentation: list | dict | np.ndarray | None      # None: only a box
+    box: list[float] | None           # x, y, width, height
     crowd: bool
-    bad: str = ""                                                     # why it must not be looked at; its thing is there all the same
+    bad: str = ""                     # why it must not be looked at; its thing is there all the same
 
 def checked(a: dict, categories: dict[int, int], seen: set[int]) -> Annotation:
     """An entry of "annotations"; raises BadRecord where not even what it says is there can be known."""
@@ -529,10 +530,10 @@ def read_inside(path: Path, root: Path) -> bytes:
     except (ValueError, OSError) as e:
         raise BadRecord(why(e)) from None
 
-def listed(data: dict, key: str) -> list[dict]:
-    """The entries of a list in a COCO file; those that are no objects come as empty ones."""
-    found = data.get(key, [])
-    return [x if isinstance(x, dict) else {} for x in found] if isinstance(found, list) else []
+def listed(data: dict, key: str, *whole: str) -> list[dict]:
+    """The entries of a list in a COCO file (what is no object comes as an empty one) that have whole numbers in some fields."""
+    found = data.get(key) if isinstance(data.get(key), list) else []
+    return [x for x in (x if isinstance(x, dict) else {} for x in found) if all(isinstance(x.get(field), int) for field in whole)]
 
 def read_coco(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
     """Photographs, things and stuff of a COCO folder: annotations/instances_train2017.json beside train2017/ (official),
@@ -545,22 +546,22 @@ def read_coco(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], l
                                                                     f"{{}}_{split}*.json")]
     files = files or [("", f) for f in find("{}*.json", "annotations/{}*.json")]
     if not files:
-        raise UserError(f"{root} holds no instances*.json, alone or under annotations/, train/ or val/; name a folder in COCO format")
+        raise UserError(f"{root} holds no instances*.json, alone or under annotations/, train/ or val/; name a COCO folder")
     for split, file in files:
         try:
             data = read_json(file.read_bytes(), file.name)
-            beside = lambda kind: sorted(file.parent.glob(re.sub("instances|boxes|_annotations.coco", kind, file.stem) + "*.json"))
+            beside = lambda kind: sorted(file.parent.glob(re.sub("|".join(kinds), kind, file.stem) + "*.json"))
             described = [read_json(f.read_bytes(), f.name) for f in beside("captions")]
             panoptic = [(f, read_json(f.read_bytes(), f.name)) for f in beside("panoptic")]
         except BadRecord as e:
             raise UserError(f"{file.parent}: {e}; mend or remove it") from None
         named = lambda c: " ".join(re.findall(r"\w+", str(c.get("name")).lower())[:4])
-        categories = {c["id"]: named(c) for c in listed(data, "categories") if isinstance(c.get("id"), int) and named(c)}
+        categories = {c["id"]: named(c) for c in listed(data, "categories", "id") if named(c)}
         if not categories or not listed(data, "images"):
             raise UserError(f"{file} lists no categories or no images; is it a COCO instances file?")
         names += [name for name in dict.fromkeys(categories.values()) if name not in names]
         categories = {i: names.index(name) for i, name in categories.items()}
-        tag = re.sub(r"^(instances|boxes|_annotations\.coco)_?", "", file.stem)
+        tag = re.sub(f"^({'|'.join(kinds)})_?", "", file.stem)
         folders = [root / tag, root / "images" / tag, file.parent / "images", file.parent, root / "images", root]
         first = [str(i.get("file_name")) for i in listed(data, "images")[:5]]
         folder = next((f for f in folders if any(os.path.isfile(f / name) for name in first if "\0" not in name)), folders[3])
@@ -582,21 +583,21 @@ def read_coco(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], l
                 bad.append(f"annotation {a.get('id')!r:.40}: {e}")
         for texts in described:                                       # the first file that knows a picture describes it
             new = {key for key, image in images.items() if not image[3]}
-            for c in listed(texts, "annotations"):
-                if isinstance(c.get("image_id"), int) and c["image_id"] in new and isinstance(c.get("caption"), str):
+            for c in listed(texts, "annotations", "image_id"):
+                if c["image_id"] in new and isinstance(c.get("caption"), str):
                     images[c["image_id"]][3].append(" ".join(re.findall(r"[\w',-]+", c["caption"][:400].lower())))
         for f, data in panoptic:
-            kind = {c["id"]: named(c) for c in listed(data, "categories") if isinstance(c.get("id"), int) and not c.get("isthing")}
+            kind = {c["id"]: named(c) for c in listed(data, "categories", "id") if not c.get("isthing")}
             stuff += [name for name in dict.fromkeys(kind.values()) if name not in stuff]
-            for p in listed(data, "annotations"):
-                if isinstance(p.get("image_id"), int) and p["image_id"] in images and isinstance(p.get("file_name"), str):
-                    segments = {s.get("id"): 1 + stuff.index(kind[s["category_id"]]) for s in listed(p, "segments_info")
-                                if isinstance(s.get("id"), int) and isinstance(s.get("category_id"), int) and s["category_id"] in kind}
+            for p in listed(data, "annotations", "image_id"):
+                if p["image_id"] in images and isinstance(p.get("file_name"), str):
+                    segments = {s["id"]: 1 + stuff.index(kind[s["category_id"]])
+                                for s in listed(p, "segments_info", "id", "category_id") if s["category_id"] in kind}
                     images[p["image_id"]][4].update(path=f.with_suffix("") / p["file_name"], within=within, segments=segments)
 
         def load(folder, name, size, annotations, panoptic):
             return read_inside(folder / name, within), size, annotations, panoptic
-        sources += [Source(name, split if len(files) == 2 else "", functools.partial(load, folder, name, size, found, extra), texts)
+        sources += [Source(name, split * (len(files) == 2), functools.partial(load, folder, name, size, found, extra), texts)
                     for name, size, found, texts, extra in images.values()]
     if max(len(names), len(stuff)) > 200:          # they are bytes in the cache, and colors in a target
         raise UserError(f"{root} names {len(names)} categories of things and {len(stuff)} of stuff; 200 of each are the most")
@@ -647,8 +648,9 @@ VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "c
        "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
 
 def read_voc(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
-    """Photographs of a PASCAL VOC folder: JPEGImages/ beside SegmentationClass/ (0 background, 1-20, 255 void) and, where there,
-    SegmentationObject/; or images/ beside semantic/, also under train/ and val/. Without instances a class is one thing that is not counted.
+    """Photographs of a PASCAL VOC folder: JPEGImages/ beside SegmentationClass/ (0 background, 1-20, 255 void) and, where
+    there, SegmentationObject/; or images/ beside semantic/, also under train/ and val/. Without instances a class is one
+    thing that is not counted.
     """
     def load(picture: Path, classes: Path, instances: Path):
         maps = [np.asarray(Image.open(io.BytesIO(read_inside(f, within)))) for f in (classes, instances) if f.exists()]
@@ -664,12 +666,14 @@ def read_voc(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], li
             found += [Annotation(kind - 1, parts == part, None, True)] * (len(maps) == 1)
         return read_inside(picture, within), kinds.shape, found, {}
     held = {name for f in root.glob("ImageSets/Segmentation/val.txt") for name in f.read_text().split()}
-    sources = [Source(str(f.relative_to(root)), at.name or ("val" if f.stem in held else "train" if held else ""),
-                      functools.partial(load, root / at / photos / f"{f.stem}.jpg", f, root / at / "SegmentationObject" / f.name), [])
-               for at in (Path(), Path("train"), Path("val")) for photos, masks in (("JPEGImages", "SegmentationClass"), ("images", "semantic"))
-               for f in sorted((root / at / masks).glob("*.png"))]
+    layouts, sources = (("JPEGImages", "SegmentationClass"), ("images", "semantic")), []
+    for at, (photos, masks) in itertools.product((root, root / "train", root / "val"), layouts):
+        for f in sorted((at / masks).glob("*.png")):
+            split = at.name if at != root else "val" if f.stem in held else "train" if held else ""
+            files = at / photos / f"{f.stem}.jpg", f, at / "SegmentationObject" / f.name
+            sources.append(Source(str(f.relative_to(root)), split, functools.partial(load, *files), []))
     if not sources:
-        raise UserError(f"{root} holds no SegmentationClass/*.png beside JPEGImages/, nor semantic/ beside images/; name a VOC folder")
+        raise UserError(f"{root} holds no SegmentationClass/*.png, nor semantic/ beside images/; name a VOC folder")
     return sources, VOC, []
 
 # --- the Hugging Face Hub: data sets come from it, finished runs go to it and come back ------------------------------
@@ -786,15 +790,15 @@ def digest(source: Source, P: int, most: int, bad: list[str]) -> tuple[np.ndarra
             bad.append(f"annotation {nth} of {source.name!r:.80}: {e}")
             visible, whole = False, False
         visible = visible and area >= P * P / 256 and 0 <= x <= P >= y >= 0                       # below are specks
-        objects.append(((a.category, x, y, math.sqrt(area / math.pi), visible, visible and mask is not None), area, mask, a.crowd))
-    objects.sort(key=lambda o: (not o[0][5], -o[1]))                  # masks first, large ones first: small ones on top
-    for crowd in (True, False):
-        for (about, _, mask, is_crowd) in objects:
-            if mask is not None and is_crowd == crowd:
-                maps[1][mask] = 1 + about[0]
+        radius, painted = math.sqrt(area / math.pi), visible and mask is not None
+        objects.append(((a.category, x, y, radius, visible, painted), mask, a.crowd))
+    objects.sort(key=lambda o: (not o[0][5], -o[0][3]))               # masks first, large ones first: small ones on top
+    for about, mask, _ in sorted(objects, key=lambda o: not o[2]):    # crowds below everything
+        if mask is not None:
+            maps[1][mask] = 1 + about[0]
     table = np.array([about for about, *_ in objects], np.float32).reshape(-1, 6)
     table[most:, 5] = 0
-    for i, (_, _, mask, _) in enumerate(objects[:most]):
+    for i, (_, mask, _) in enumerate(objects[:most]):
         if table[i, 5]:
             maps[0][mask] = i + 1
     if panoptic:
@@ -803,7 +807,9 @@ def digest(source: Source, P: int, most: int, bad: list[str]) -> tuple[np.ndarra
                 if png.size != (w, h):
                     raise ValueError(f"{png.size[0]} × {png.size[1]} pixels")
                 ids = np.asarray(png.convert("RGB"), np.int64) @ (1, 256, 65536)                  # (h, w)
-            stuff = sum(np.uint8(number) * (ids == segment) for segment, number in panoptic["segments"].items()) + np.zeros((h, w), np.uint8)
+            stuff = np.zeros((h, w), np.uint8)
+            for segment, kind in panoptic["segments"].items():
+                stuff[ids == segment] = kind
             maps[2] = np.asarray(Image.fromarray(stuff).resize((P, P), Image.Resampling.NEAREST))
         except Exception as e:                     # a damaged picture again
             bad.append(f"panoptic {source.name!r:.80}: {why(e)}")
@@ -899,14 +905,16 @@ def sample_photos(cfg: Config, split: str, index: np.ndarray, use: str) -> Photo
     for b, i in enumerate(which):
         table[b, :count[b]] = data.objects[data.first[i]:data.first[i + 1]]
     category, x, y, radius, asked, painted = table.transpose(2, 0, 1)
-    return Photos(count, painted > 0, asked > 0, category.astype(np.int64), np.zeros(category.shape, np.int64),
-                  (radius > 0.14 * cfg.image_size).astype(np.int64), np.where(flip[:, None], cfg.image_size - x, x), y, radius, u[:, 8:], which, flip, data)
+    x, size = np.where(flip[:, None], cfg.image_size - x, x), (radius > 0.14 * cfg.image_size).astype(np.int64)
+    return Photos(count, painted > 0, asked > 0, category.astype(np.int64), np.zeros(category.shape, np.int64), size, x, y,
+                  radius, u[:, 8:], which, flip, data)
 
 def show_photos(photos: Photos) -> Rendered:
     image, maps = photos.data.images[photos.which], photos.data.maps[photos.which]               # (B, P, P, 3), (B, 3, P, P)
     image[photos.flip], maps[photos.flip] = image[photos.flip, :, ::-1], maps[photos.flip][..., ::-1]
-    instance, category, stuff = torch.from_numpy(maps).long().unbind(1)
-    return Rendered(torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255, instance, category, torch.zeros(instance.shape), stuff)
+    instance, category, stuff = torch.from_numpy(maps).long().unbind(1)                           # (B, P, P) each
+    image = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
+    return Rendered(image, instance, category, torch.zeros(instance.shape), stuff)
 
 def sample(cfg: Config, split: str, index: np.ndarray, use: str = "questions") -> Scenes | Photos:
     """Pictures number `index` of a split, fit for a use (see USES): scenes to be described have all objects apart, because
@@ -1101,7 +1109,8 @@ def ask_shape(objects, rng, cfg):
 def ask_category(objects, rng, cfg):
     """What photographs have for shapes."""
     places = [where(o, cfg.image_size) for o in objects]
-    options = [(f"what object is {place}?", o.shape) for o, place in zip(objects, places) if places.count(place) == 1 and o.index >= 0]
+    options = [(f"what object is {place}?", o.shape) for o, place in zip(objects, places)
+               if places.count(place) == 1 and o.index >= 0]
     return balanced(options + [("what is the biggest object?", o.shape) for o in biggest(objects)], rng)
 
 def pairs(objects: list[Thing], rng: random.Random):

@@ -1226,7 +1226,7 @@ def test_masks_of_photographs_are_those_of_pycocotools_small_ones_on_top(cached)
     data, cfg = opened(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = benchmark.COCO(str(folder / "annotations/instances_train2017.json"))
-    masks = [coco.annToMask(a) for a in sorted(coco.imgToAnns[1], key=lambda a: -coco.annToMask(a).sum())]
+    masks = [coco.annToMask(a) for a in sorted(coco.imgToAnns[1], key=lambda a: -int(coco.annToMask(a).sum()))]
     want = np.zeros((32, 32), int)
     for i, mask in enumerate(masks, 1):
         want[mask > 0] = i
