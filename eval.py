@@ -357,7 +357,7 @@ def pope_items(cfg: Config, negatives: str, total: int) -> list[Item]:
             there = sorted({(o.color, o.shape) for o in objects})
             mixed = sorted({(o.color, p.shape) for o in objects for p in objects} - set(there))
             if cfg.data != "scenes":               # what is most often seen with one of the things that are there
-                mixed = sorted(set(every) - set(there), key=lambda p: -max(together[p, q] for q in there))[:3]
+                mixed = sorted((p for p in every if p not in there), key=lambda p: -max(together[p, q] for q in there))[:3]
             absent = {"random": [p for p in every if p not in there], "popular": [p for p in common if p not in there][:3],
                       "adversarial": mixed}[negatives]
             there = sorted({(o.color, o.shape) for o in objects if o.index >= 0})
