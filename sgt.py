@@ -355,10 +355,10 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
 class Rendered:
     """What the renderer knows about a batch of scenes."""
     image: Tensor                     # (B, 3, P, P) in [0, 1]
-    instance: Tensor                 # (B, P, P) int64: 0 background, 1 + index of the object that is in front
-    category: Tensor                  # (B, P, P) int64: 0 background, 1 + index into SHAPES
+    instance: Tensor                 # (B, P, P) integers: 0 background, 1 + index of the object that is in front
+    category: Tensor                  # (B, P, P) integers: 0 background, 1 + index into SHAPES or the names of the data
     depth: Tensor                     # (B, P, P) in [0, 1], 1 = near
-    stuff: Tensor                     # (B, P, P) int64: 0 none, 1 + index of a class of background; only photographs have it
+    stuff: Tensor                     # (B, P, P) integers: 0 none, 1 + index of a class of background, on photographs
 
 def pick(batch, index: slice):
     """A part of a batch of scenes, photographs or renderings."""
@@ -910,11 +910,12 @@ def sample_photos(cfg: Config, split: str, index: np.ndarray, use: str) -> Photo
                   radius, u[:, 8:], which, flip, data)
 
 def show_photos(photos: Photos) -> Rendered:
-    image, maps = photos.data.images[photos.which], photos.data.maps[photos.which]               # (B, P, P, 3), (B, 3, P, P)
-    image[photos.flip], maps[photos.flip] = image[photos.flip, :, ::-1], maps[photos.flip][..., ::-1]
-    instance, category, stuff = torch.from_numpy(maps).long().unbind(1)                           # (B, P, P) each
-    image = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
-    return Rendered(image, instance, category, torch.zeros(instance.shape), stuff)
+    step = np.where(photos.flip, -1, 1)            # (B,) the way to go through the columns
+    image = np.stack([photos.data.images[i, :, ::way] for i, way in zip(photos.which, step)])     # (B, P, P, 3)
+    maps = np.stack([photos.data.maps[i, :, :, ::way] for i, way in zip(photos.which, step)])     # (B, 3, P, P)
+    instance, category, stuff = torch.from_numpy(maps).unbind(1)                           # (B, P, P) each, bytes
+    image = torch.from_numpy(image).permute(0, 3, 1, 2).float().div_(255)
+    return Rendered(image, instance, category, torch.zeros(()).expand(instance.shape), stuff)
 
 def sample(cfg: Config, split: str, index: np.ndarray, use: str = "questions") -> Scenes | Photos:
     """Pictures number `index` of a split, fit for a use (see USES): scenes to be described have all objects apart, because
@@ -1215,7 +1216,7 @@ PALETTE = torch.tensor([(0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), 
 def paint(ids: Tensor, lut: Tensor) -> Tensor:
     """Color an index map: ids (B, P, P), lut (B, n, 3) of colors for each sample → (B, 3, P, P)."""
     B, P, _ = ids.shape
-    flat = lut.gather(1, ids.reshape(B, -1, 1).expand(-1, -1, 3))                                # (B, P·P, 3)
+    flat = lut.gather(1, ids.reshape(B, -1, 1).long().expand(-1, -1, 3))                         # (B, P·P, 3)
     return flat.reshape(B, P, P, 3).permute(0, 3, 1, 2)
 
 def instance_rank(cfg: Config, scenes: Scenes) -> np.ndarray:
