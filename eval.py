@@ -324,7 +324,8 @@ MEASURES = {"understanding": ("understanding", "average"), "perception": ("under
 
 def hits_of(report: dict, arm: str, measure: str) -> np.ndarray:
     """0 or 1 for each question or prompt that a measure averages, always in the same order. Of questions about photographs
-    the sums by photograph, scaled to the same mean: answers about one picture are not independent.
+    the sums by photograph, because answers about one picture are not independent; every kind counts the same, and the mean
+    is that of the measure.
     """
     part, which = MEASURES[measure]
     kinds = report["models"][arm][part]["hits"]
@@ -332,7 +333,8 @@ def hits_of(report: dict, arm: str, measure: str) -> np.ndarray:
     hits = np.array([int(c) for k in chosen for c in kinds[k]], np.float64)
     if part == "understanding" and "photographs" in report:
         _, picture = np.unique([i for k in chosen for i in report["photographs"][k]], return_inverse=True)
-        hits = np.bincount(picture, hits) * (picture.max() + 1) / len(hits)
+        share = np.concatenate([np.full(len(kinds[k]), 1 / len(kinds[k]) / len(chosen)) for k in chosen])
+        hits = np.bincount(picture, hits * share) * (picture.max() + 1)
     return hits
 
 def measures(report: dict) -> list[str]:

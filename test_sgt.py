@@ -1445,6 +1445,8 @@ def test_photographs_train_from_the_command_line_and_mistakes_get_one_line(cache
     assert done.returncode == 0, done.stderr
     report = json.loads((cached / "runs/coco/report.json").read_text())
     assert "category" in done.stdout and "SGT, training" in done.stdout and "generation" not in report["models"]["instance"]
+    for arm, entry in report["models"].items():
+        assert math.isclose(100 * benchmark.hits_of(report, arm, "understanding").mean(), entry["understanding"]["average"])
     assert json.loads((cached / "runs/coco/config.json").read_text())["categories"] == "dog,cat"
     picture = folder / "val2017/000000000101.jpg"
     for verb in (("--ask", picture, "is there a dog?"), ("--segment", picture), ("--segment", picture, "--proxy", "referring"),
