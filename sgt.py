@@ -198,8 +198,8 @@ class Config:
             (0 <= self.condition_drop < 1 and 0 <= self.texture <= 1, "condition_drop and texture are shares",
              "give numbers in [0, 1)"),
             (0 <= self.ratio <= 100 and 0 <= self.arm_scenes and 0 <= self.seed < 2 ** 32 and 0 <= min(
-                self.guidance, self.temperature, self.token_temperature, self.text_weight, self.image_weight),
-             "ratio, arm_scenes, guidance, temperatures, weights and seed must not be negative or huge", "give 0 or more"),
+                self.guidance, self.temperature, self.token_temperature, self.text_weight, self.image_weight, self.tolerate),
+             "ratio, arm_scenes, guidance, temperatures, weights, tolerate and seed must not be negative or huge", "give 0 or more"),
             (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r}", "choose mixed or sequential"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r}",
              f"name each once, of {', '.join(PROXIES)}, or give all"),
@@ -542,7 +542,7 @@ def read_coco(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], l
     sources, names, stuff = [], [], []
     kinds = ("instances", "boxes", "_annotations.coco")
     find = lambda *patterns: [f for pattern in patterns for kind in kinds for f in sorted(root.glob(pattern.format(kind)))][:1]
-    files = [(split, f) for split in ("train", "val") for f in find(f"annotations/{{}}_{split}*.json", f"{split}/{{}}*.json",
+    files = [(split, f) for split in ("train", "val") for f in find(f"annotations/{{}}_{split}*.json", f"{split}*/{{}}*.json",
                                                                     f"{{}}_{split}*.json")]
     files = files or [("", f) for f in find("{}*.json", "annotations/{}*.json")]
     if not files:
@@ -2079,8 +2079,10 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     complaint = ""
     if cfg.data != "scenes":
         data = photographs(cfg.data, cfg.image_size, cfg.max_objects)
-        complaint = data.complain(cfg.tolerate)
-        cfg = dataclasses.replace(cfg, categories=cfg.categories or ",".join(data.names), words=cfg.words or find_words(data))
+        complaint, names = data.complain(cfg.tolerate), ",".join(data.names)
+        if cfg.categories not in ("", names):
+            raise UserError(f"categories={cfg.categories!r:.60} are not those of {cfg.data}; leave them out")
+        cfg = dataclasses.replace(cfg, categories=names, words=cfg.words or find_words(data))
         cfg.validate()
         for use, split in [(use, split) for use in USES for split in ("train", "val")]:
             data.pool(split, use)                  # complains about what is missing before anything is written
@@ -2330,7 +2332,8 @@ def parser() -> Parser:
     p.add_argument("--public", action="store_true", help="with --push: for everyone")
     p.add_argument("--run", metavar="RUN", help="folder of a run, its name under runs/, or user/repo[@revision] on the Hub to "
                    "use it; default: the preset's name to train, the newest run to use")
-    p.add_argument("--preset", choices=sorted(PRESETS), help="size of everything; default: tiny on a CPU, base on a GPU")
+    p.add_argument("--preset", choices=sorted(PRESETS), help="size of everything; default: tiny on a CPU, base on a GPU; "
+                   "coco-tiny and coco for --data")
     p.add_argument("--base", metavar="RUN", help="with --train: take tokenizer and base model from this run, train other arms")
     p.add_argument("--model", metavar="NAME", help="which model of the run to use: base, none (SFT), instance (SGT), …")
     p.add_argument("--proxy", metavar="NAME", help="what --segment draws")

@@ -35,6 +35,7 @@ import sgt
 from sgt import PRESETS, PROXIES, QUESTIONS, TEXT, Config, Text, Thing
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")           # of pycocotools, for each mask
 CFG = Config(**{**PRESETS["smoke"], "seed": 3})
 DRAWN = [name for name in PROXIES if name != "none"]
 
@@ -1235,6 +1236,23 @@ def test_masks_of_photographs_are_those_of_pycocotools_small_ones_on_top(cached)
     assert np.asarray(Image.open(folder / "train2017/000000000001.jpg")).tolist() == data.images[where].tolist()
     assert data.names == ["dog", "cat"] and data.split.tolist() == [0] * 8 + [1] * 8 and not data.bad
 
+def test_other_layouts_give_the_same_photographs_and_a_tenth_is_held_out_where_no_split_is_given(cached):
+    """A folder of Roboflow, of this project's own export, or of one split alone that is not found; validation without pictures."""
+    folder = write_coco(cached / "coco", n=40)
+    for layout, file, pictures in (("flat", "instances.json", "."), ("flat_images", "instances.json", "images"),
+                                   ("roboflow", "train/_annotations.coco.json", "train"), ("mini", "train/instances.json", "train/images")):
+        (cached / layout / pictures).mkdir(parents=True)
+        (cached / layout / file).write_bytes((folder / "annotations/instances_train2017.json").read_bytes())
+        for f in (folder / "train2017").iterdir():
+            (cached / layout / pictures / f.name).write_bytes(f.read_bytes())
+        data, _ = opened(cached / layout)
+        assert not data.bad and len(data.split) == 40 and 0 < data.split.sum() < 12
+        assert (data.images[:40] == opened(folder)[0].images[:40]).all()
+    (cached / "mini/val").mkdir()
+    (cached / "mini/val/instances.json").write_bytes((folder / "annotations/instances_val2017.json").read_bytes())
+    (cached / "mini/val/images").symlink_to(folder / "val2017")
+    assert all("leads out" in line for line in opened(cached / "mini")[0].bad)
+
 def test_run_lengths_are_read_as_pycocotools_writes_them():
     """A wrong sign, carry or difference in the decoder that checks what pycocotools is given."""
     rng = np.random.default_rng(0)
@@ -1394,17 +1412,19 @@ def write_tar(path, folder, extra=()):
             add(name, data, **about)
     return path
 
-def test_a_tar_of_class_agnostic_masks_is_read_where_it_lies_and_hostile_members_are_named(cached):
+def test_a_tar_of_class_agnostic_masks_is_read_where_it_lies_and_hostile_members_are_named(cached, monkeypatch):
     """A link, device, absurd size or path in a shard; a picture without annotations; masks of another picture."""
     folder = write_coco(cached / "coco", n=30)
     hostile = [("sa_900.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), ("sa_900.json", b'{"image": {}}', {}),
                ("sa_901.jpg", b"", {"type": tarfile.CHRTYPE}), ("sa_901.json", b'{"image": {"height": 32, "width": 48}}', {}),
                ("../sa_902.jpg", b"x", {}), ("sa_903.jpg", b"x", {}), ("sa_904.jpg", b"x", {}), ("sa_904.json", b"[" * 100000, {}),
-               ("sa_905.json", b'{"image": {"height": NaN, "width": 48}}', {}), ("sa_905.jpg", b"x", {})]
+               ("sa_905.json", b'{"image": {"height": NaN, "width": 48}}', {}), ("sa_905.jpg", b"x", {}),
+               ("sa_906.json", b'{"image": {"height": 32, "width": 48}}', {}), ("sa_906.jpg", b"x" * 200001, {})]
+    monkeypatch.setattr(sgt, "LARGEST", 200000)
     data, cfg = opened(write_tar(cached / "shard.tar", folder, hostile), scheme="sam")
     assert len(data.split) == 30 and data.names == ["object"] and 0 < data.split.sum() < 30
     said = "\n".join(data.bad)
-    assert len(data.bad) == 6 and all(f"sa_90{i}" in said for i in range(6)), said
+    assert len(data.bad) == 7 and all(f"sa_90{i}" in said for i in range(7)), said
     assert not list(cached.glob("**/sa_*"))                       # nothing was extracted
     photos = sgt.sample_photos(cfg, "train", np.arange(20), "masks")
     assert (photos.count == 2).all() and set(sgt.kinds_of(cfg)) == {"counting", "location", "arithmetic"}
