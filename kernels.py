@@ -3,17 +3,17 @@
     python kernels.py --check            # every backend against float64: values, gradients, leaks
     python kernels.py --bench [--json]   # how fast each is, as ratios, on this machine
 
-Every sequence of this project is built of blocks, and in each of them the columns that a row may attend to are one
-contiguous interval [lo, hi):
+Every sequence of this project is built of blocks, and in each of them the columns that a row may attend to are
+one contiguous interval [lo, hi):
 
     image patches   see their whole block             lo = start of the document   hi = end of the block
     text            sees everything before it         lo = start of the document   hi = own position + 1
     image tokens    see the condition and the block   lo = start of the document   hi = end of the block
     padding         sees nothing                      lo = hi = 0
 
-A row never skips a column in between, because whatever a document has written, everything after it may read. So the
-mask of a whole packed batch is two integer vectors instead of a (S, S) tensor, and causal, bidirectional, prefix, packed
-and padded attention, and the length of a key-value cache, are all the same code.
+A row never skips a column in between, because whatever a document has written, everything after it may read. So
+the mask of a whole packed batch is two integer vectors instead of a (S, S) tensor, and causal, bidirectional,
+prefix, packed and padded attention, and the length of a key-value cache, are all the same code.
 
     1. Layout       who may attend to whom             4. Memory and graphs   key-value cache, recorded steps
     2. Attention    the definition, and the CPU        5. Optimizer           Muon and AdamW
@@ -45,8 +45,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 class Layout(NamedTuple):
     """Row i of sample b attends to the columns [lo[b, i], hi[b, i]); an empty interval gives an output of zeros.
 
-    The transpose says the same of columns: column j is seen by rows within [first[b, j], last[b, j]). A backward pass
-    over columns needs it; without gradients it may be left out.
+    The transpose says the same of columns: column j is seen by rows within [first[b, j], last[b, j]). A backward
+    pass over columns needs it; without gradients it may be left out.
     """
     lo: Tensor                        # (B, S) int32
     hi: Tensor                        # (B, S)
@@ -57,13 +57,13 @@ class Layout(NamedTuple):
         return Layout(*(None if x is None else x.to(device) for x in self))
 
     def may_attend(self, columns: int) -> Tensor:
-        """The mask that the intervals stand for: True where row i may attend to column j; (B, 1, S, columns) bool."""
+        """The mask that the intervals stand for, (B, 1, S, columns) bool: may row i attend to column j?"""
         j = torch.arange(columns, device=self.lo.device, dtype=self.lo.dtype)
         return ((j >= self.lo[..., None]) & (j < self.hi[..., None]))[:, None]
 
 def write_document(spans: np.ndarray, row: int, start: int, blocks: list[tuple[str, int]]) -> int:
-    """Enter one document, blocks of ("image" or "text", length), at column `start` of a row of spans (4, B, S), the four
-    vectors of a Layout; returns the column behind it. The last image block is seen by itself alone.
+    """Enter one document, blocks of ("image" or "text", length), at column `start` of a row of spans (4, B, S), the
+    four vectors of a Layout; returns the column behind it.
     """
     end = start + sum(n for _, n in blocks)
     assert end <= spans.shape[2], f"a document of {end - start} tokens does not fit a row of {spans.shape[2]}"
@@ -76,18 +76,18 @@ def write_document(spans: np.ndarray, row: int, start: int, blocks: list[tuple[s
         at = behind
     return end
 
-def draw(layout: Layout, columns: int, row: int = 0) -> str:
+def draw(layout: Layout, row: int = 0, columns: int | None = None) -> str:
     """The mask of one sample as text, a line a query row: '#' may attend, '.' may not."""
-    mask = layout.may_attend(columns)[row, 0].tolist()
+    mask = layout.may_attend(columns or layout.lo.shape[1])[row, 0].tolist()
     return "\n".join("".join("#" if cell else "." for cell in line) for line in mask)
 
-# ---- 2. Attention: the definition, the CPU, and what others offer --------------------------------------------
+# ---- 2. Attention: the definition, the CPU, and what others offer ------------------------------------------
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """The definition: softmax(q kᵀ / √D) over the allowed columns, times v.
 
-    q (B, H, S, D); k, v (B, H, L, D); any dtype, float64 included. Returns the output (B, H, S, D) and the attention
-    weights (B, H, S, L). Rows that may attend to nothing get zeros, not NaN.
+    q (B, H, S, D); k, v (B, H, L, D); any dtype, float64 included. Returns the output (B, H, S, D) and the
+    attention weights (B, H, S, L). Rows that may attend to nothing get zeros, not NaN.
     """
     may, exact = layout.may_attend(k.shape[2]), torch.promote_types(q.dtype, torch.float32)
     scores = q.to(exact) @ k.to(exact).transpose(-1, -2) * q.shape[-1] ** -0.5                  # (B, H, S, L)
@@ -98,8 +98,8 @@ class BmmAttention(torch.autograd.Function):
     """Attention as two matrix products forward and four backward, with the softmax weights kept in between.
 
     PyTorch's fused CPU attention recomputes the scores in blocks to save memory. At the lengths of this project
-    (S ≤ a few hundred) the weights fit in the cache, and its backward costs several times what the plain products
-    do. torch.compile fuses everything between two products into one pass.
+    (S ≤ a few hundred) the weights fit in the cache, and its backward costs several times what the plain
+    products do. torch.compile fuses everything between two products into one pass.
     """
     @staticmethod
     def forward(ctx, q, k, v, lo, hi):
@@ -118,8 +118,8 @@ class BmmAttention(torch.autograd.Function):
         return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, grad_v, None, None
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """PyTorch's fused attention with a dense mask. An empty row would be NaN, and so would its gradients, even after
-    nan_to_num: it attends to everything here, and its output is multiplied by zero.
+    """PyTorch's fused attention with a dense mask. An empty row would be NaN, and so would its gradients, even
+    after nan_to_num: it attends to everything here, and its output is multiplied by zero.
     """
     may = layout.may_attend(k.shape[2])
     some = may.any(-1, keepdim=True)                                                         # (B, 1, S, 1)
@@ -127,34 +127,35 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 def attention_split(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Fused attention without a mask, called once for each run of rows that is dense or causal, with cuDNN's kernel
-    first: the baseline to beat where every sample is one document of the same blocks. Refuses (ValueError) what is not.
+    first: the baseline to beat where every sample is one document of the same blocks; ValueError where not.
     """
     if (layout.lo > 0).any() or (layout.hi != layout.hi[:1]).any() or (layout.hi == 0).any():
         raise ValueError("attention_split takes samples of one and the same layout, without padding")
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.bias import causal_lower_right
     hi, outs, at = layout.hi[0].tolist(), [], 0
-    while at < len(hi):
-        causal, end = hi[at:at + 2] == [at + 1, at + 2], at + 1
-        while end < len(hi) and hi[end] == (end + 1 if causal else hi[at]):
-            end += 1
-        mask = causal_lower_right(end - at, hi[end - 1]) if causal else None
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
-            outs.append(F.scaled_dot_product_attention(q[:, :, at:end], k[:, :, :hi[end - 1]], v[:, :, :hi[end - 1]], mask))
-        at = end
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        while at < len(hi):
+            causal, end = hi[at:at + 2] == [at + 1, at + 2], at + 1
+            while end < len(hi) and hi[end] == (end + 1 if causal else hi[at]):
+                end += 1
+            rows, L = slice(at, end), hi[end - 1]                                  # rows [at, end) see columns [0, L)
+            mask = causal_lower_right(end - at, L) if causal else None
+            outs.append(F.scaled_dot_product_attention(q[:, :, rows], k[:, :, :L], v[:, :, :L], mask))
+            at = end
     return torch.cat(outs, 2)
 
 def attention_flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """FlexAttention with the same intervals, a baseline. Without a backward on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    if getattr(attention_flex, "layout", None) is not layout:            # building the block mask is not part of the work
+    if getattr(attention_flex, "layout", None) is not layout:        # building the block mask is not part of the work
         lo, hi = layout.lo, layout.hi
         attention_flex.layout, attention_flex.compiled = layout, torch.compile(flex_attention, dynamic=False)
         attention_flex.mask = create_block_mask(lambda b, h, i, j: (j >= lo[b, i]) & (j < hi[b, i]),
                                                 len(lo), None, lo.shape[1], k.shape[2], device=q.device)
     return attention_flex.compiled(q, k, v, block_mask=attention_flex.mask)
 
-# ---- 3. Attention on a GPU, in Triton ------------------------------------------------------------------------
+# ---- 3. Attention on a GPU, in Triton ----------------------------------------------------------------------
 
 try:
     import triton
@@ -163,20 +164,22 @@ except ImportError:                   # a CPU build of torch comes without it
     triton = None
 
 if triton is not None:
-    # Tensors lie in memory as (B, S, H, D): `base + (b · S · H + h) · D` is one head of one sample, its rows H·D apart.
+    # Tensors lie in memory as (B, S, H, D): `base + (b·S·H + h)·D` is one head of one sample, its rows H·D apart.
     @triton.jit
     def load_rows(base, rows, end, H, D: tl.constexpr):
         """Some rows of one head as a (len(rows), D) tile; zeros from row `end` on."""
-        return tl.load(base + rows[:, None] * H * D + tl.arange(0, D)[None, :], mask=(rows < end)[:, None], other=0.0)
+        at = rows[:, None] * H * D + tl.arange(0, D)[None, :]
+        return tl.load(base + at, mask=(rows < end)[:, None], other=0.0)
 
     @triton.jit
     def store_rows(base, rows, end, H, D: tl.constexpr, x):
-        tl.store(base + rows[:, None] * H * D + tl.arange(0, D)[None, :], x.to(base.dtype.element_ty), mask=(rows < end)[:, None])
+        at = rows[:, None] * H * D + tl.arange(0, D)[None, :]
+        tl.store(base + at, x.to(base.dtype.element_ty), mask=(rows < end)[:, None])
 
     @triton.jit
     def bounds(FROM, TO, at, inside, end, STEP: tl.constexpr):
-        """The intervals of a tile, and the corners of its loop over the other axis, in multiples of STEP: in [c0, c1) some
-        are seen by some, in [c1, c2) all by all, which needs no mask, in [c2, c3) again some by some.
+        """The intervals of a tile, and the corners of its loop over the other axis, in multiples of STEP: in [c0, c1)
+        some are seen by some, in [c1, c2) all by all, which needs no mask, in [c2, c3) again some by some.
         """
         lo, hi = tl.load(FROM + at, mask=inside, other=0), tl.load(TO + at, mask=inside, other=0)
         c0, c3 = tl.min(tl.where(hi > lo, lo, end)) // STEP * STEP, tl.max(hi)
@@ -186,17 +189,20 @@ if triton is not None:
 
     @triton.jit
     def stretch(phase: tl.constexpr, c0, c1, c2, c3):
-        return c0 if phase == 0 else (c1 if phase == 1 else c2), c1 if phase == 0 else (c2 if phase == 1 else c3)
+        """Start and end of one of the three phases of that loop."""
+        start = c0 if phase == 0 else (c1 if phase == 1 else c2)
+        return start, c1 if phase == 0 else (c2 if phase == 1 else c3)
 
     @triton.jit
     def forward_kernel(Q, K, V, O, LSE, LO, HI, S, L, H, scale,
                        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
-        """BM query rows of one head: a running softmax over tiles of BN columns (FlashAttention-2, arXiv 2307.08691)."""
+        """BM query rows of one head: a running softmax over tiles of BN columns (FlashAttention-2, 2307.08691)."""
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
         r, q_at, k_at = tl.program_id(0) * BM + tl.arange(0, BM), (b * S * H + h) * D, (b * L * H + h) * D
         lo, hi, c0, c1, c2, c3 = bounds(LO, HI, b * S + r, r < S, L, BN)
         q = load_rows(Q + q_at, r, S, H, D)
-        acc, total, top = tl.zeros([BM, D], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
         for phase in tl.static_range(3):
             start, end = stretch(phase, c0, c1, c2, c3)
             for n in tl.range(start, end, BN):
@@ -208,7 +214,7 @@ if triton is not None:
                 higher = tl.maximum(top, tl.max(score, 1))
                 p, shrink = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
                 if phase != 1:
-                    p = tl.where(score > -1e29, p, 0.0)           # a row that has seen nothing yet has no maximum
+                    p = tl.where(score > -1e29, p, 0.0)        # a row that has seen nothing yet has no maximum
                 total, top = total * shrink + tl.sum(p, 1), higher
                 acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=EXACT)
         total = tl.where(total > 0, total, 1.0)
@@ -222,10 +228,11 @@ if triton is not None:
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
         r, q_at, k_at = tl.program_id(0) * BM + tl.arange(0, BM), (b * S * H + h) * D, (b * L * H + h) * D
         lo, hi, c0, c1, c2, c3 = bounds(LO, HI, b * S + r, r < S, L, BN)
-        q, g, out = load_rows(Q + q_at, r, S, H, D), load_rows(G + q_at, r, S, H, D), load_rows(O + q_at, r, S, H, D)
-        delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
+        q, g = load_rows(Q + q_at, r, S, H, D), load_rows(G + q_at, r, S, H, D)
+        delta = tl.sum(load_rows(O + q_at, r, S, H, D).to(tl.float32) * g.to(tl.float32), 1)
         tl.store(DELTA + tl.program_id(1) * S + r, delta, mask=r < S)
-        lse, dq = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0), tl.zeros([BM, D], tl.float32)
+        lse = tl.load(LSE + tl.program_id(1) * S + r, mask=r < S, other=0.0)
+        dq = tl.zeros([BM, D], tl.float32)
         for phase in tl.static_range(3):
             start, end = stretch(phase, c0, c1, c2, c3)
             for n in tl.range(start, end, BN):
@@ -256,7 +263,8 @@ if triton is not None:
                 delta = tl.load(DELTA + tl.program_id(1) * S + r, mask=r < S, other=0.0)
                 p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=EXACT) * scale - lse[None, :])  # (BN, BM)
                 if phase != 1:
-                    lo, hi = tl.load(LO + b * S + r, mask=r < S, other=0), tl.load(HI + b * S + r, mask=r < S, other=0)
+                    lo = tl.load(LO + b * S + r, mask=r < S, other=0)
+                    hi = tl.load(HI + b * S + r, mask=r < S, other=0)
                     p = tl.where((c[:, None] >= lo[None, :]) & (c[:, None] < hi[None, :]), p, 0.0)
                 dv = tl.dot(p.to(g.dtype), g, dv, input_precision=EXACT)
                 ds = p * (tl.dot(v, tl.trans(g), input_precision=EXACT) - delta[None, :])
@@ -271,8 +279,9 @@ def launch(kernel, BM: int, BN: int, warps: int, *args) -> None:
     if not q.is_cuda:
         BM = BN = 32                                              # in the interpreter
     tiles = -(-L // BN) if kernel is columns_kernel else -(-S // BM)
-    scale, unit = D ** -0.5 * 1.4426950408889634, D ** -0.5       # scores in powers of two: the hardware has exp2
-    kernel[(tiles, B * H)](*args, S, L, H, scale, *([] if kernel is forward_kernel else [unit]), D=D, BM=BM, BN=BN,
+    scales = [D ** -0.5 * 1.4426950408889634]                     # scores in powers of two: the hardware has exp2
+    scales += [] if kernel is forward_kernel else [D ** -0.5]
+    kernel[(tiles, B * H)](*args, S, L, H, *scales, D=D, BM=BM, BN=BN,
                            EXACT="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps)
 
 def like(x: Tensor) -> Tensor:
@@ -281,7 +290,8 @@ def like(x: Tensor) -> Tensor:
 
 # Operators of their own, so that torch.compile calls them without looking inside.
 @torch.library.custom_op("sgt::interval_forward", mutates_args=())
-def triton_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor) -> list[Tensor]:
+def triton_forward(q: Tensor, k: Tensor, v: Tensor,
+                   lo: Tensor, hi: Tensor, first: Tensor, last: Tensor) -> list[Tensor]:
     """Output (B, H, S, D) and the base-2 log-sum-exp of every row (B, H, S)."""
     out, lse = like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     launch(forward_kernel, 128, 64, 4, q, k, v, out, lse, lo, hi)
@@ -298,14 +308,14 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g
 triton_forward.register_fake(lambda q, *_: [like(q), q.new_empty(q.shape[:3], dtype=torch.float32)])
 triton_backward.register_fake(lambda q, k, v, *_: [like(q), like(k), like(v)])
 triton_forward.register_autograd(
-    lambda ctx, grads: (*triton_backward(*ctx.saved_tensors[:5], grads[0], *ctx.saved_tensors[5:]), None, None, None, None),
+    lambda ctx, grads: (*triton_backward(*ctx.saved_tensors[:5], grads[0], *ctx.saved_tensors[5:]), *[None] * 4),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, *inputs[3:]))
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Both passes skip the tiles that nobody sees, and compare with the intervals only at their edges."""
     return triton_forward(q, k, v, *(layout.lo if x is None else x.contiguous() for x in layout))[0]
 
-# ---- the choice of a backend --------------------------------------------------------------------------------
+# ---- the choice of a backend -------------------------------------------------------------------------------
 
 BACKENDS = {"reference": lambda *args: attention_reference(*args)[0],
             "bmm": lambda q, k, v, layout: BmmAttention.apply(q, k, v, layout.lo, layout.hi),
@@ -313,12 +323,13 @@ BACKENDS = {"reference": lambda *args: attention_reference(*args)[0],
 # SGT_KERNELS: 0 = reference, 1 = the fastest, or a name. torch.compile guards on it; the benchmark swaps it.
 CHOSEN = {"0": "reference", "1": ""}.get(os.environ.get("SGT_KERNELS", ""), os.environ.get("SGT_KERNELS", ""))
 if CHOSEN and (CHOSEN not in BACKENDS or CHOSEN == "triton" and triton is None):
-    print(f"error: there is no attention SGT_KERNELS={CHOSEN} here; choose 0, 1 or one of {', '.join(BACKENDS)}", file=sys.stderr)
+    print(f"error: there is no attention SGT_KERNELS={CHOSEN} here; choose 0, 1 or one of {', '.join(BACKENDS)}",
+          file=sys.stderr)
     sys.exit(2)
 
 def fastest(q: Tensor, layout: Layout) -> str:
-    """The backend for a device, dtype and shape. On a CPU only SDPA's backward is slow; on a GPU the few query rows of
-    decoding would leave a tile empty.
+    """The backend for a device, dtype and shape. On a CPU only SDPA's backward is slow; on a GPU the few query rows
+    of decoding would leave a tile empty.
     """
     if q.device.type == "cpu":
         return "bmm" if q.requires_grad else "sdpa"
@@ -326,10 +337,10 @@ def fastest(q: Tensor, layout: Layout) -> str:
     return "triton" if fits and (layout.first is not None or not q.requires_grad) else "sdpa"
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = "") -> Tensor:
-    """Interval attention. q (B, H, S, D); k, v (B, H, L, D) → (B, H, S, D); see BACKENDS for what `backend` may be."""
+    """Interval attention: q (B, H, S, D); k, v (B, H, L, D) → (B, H, S, D). `backend` is a name in BACKENDS."""
     return BACKENDS[backend or CHOSEN or fastest(q, layout)](q, k, v, layout)
 
-# ---- 4. Memory and graphs: the key-value cache, recorded steps -------------------------------------------------
+# ---- 4. Memory and graphs: the key-value cache, recorded steps ---------------------------------------------
 
 class KVCache(NamedTuple):
     """Keys and values of one layer in buffers of fixed shape (B, H, length, D), filled from the left."""
@@ -337,8 +348,8 @@ class KVCache(NamedTuple):
     v: Tensor
 
     def put(self, k: Tensor, v: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written. Where `at` is
-        a () tensor, which a recorded graph can count up, return everything: the layout must hide what is not written.
+        """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to the end of what was written.
+        Where `at` is a () tensor, which a graph can count up, return all: the layout must hide what is not written.
         """
         if isinstance(at, Tensor):
             columns = at + torch.arange(k.shape[2], device=at.device)
@@ -353,14 +364,14 @@ def records(device: torch.device) -> bool:
     return GRAPHS and device.type == "cuda"
 
 class GraphedStep:
-    """A function of (nested) tensors, recorded once as a CUDA graph and then replayed: one launch in place of thousands, which is
-    what a small model spends its time on. On other devices a plain call.
+    """A function of (nested) tensors, recorded once as a CUDA graph and then replayed: one launch in place of
+    thousands, which is what a small model spends its time on. On other devices a plain call.
 
     The first three calls for given shapes are plain (and real: a training step trains), the fourth records. What
-    varies between calls must be in the tensors that are passed, the learning rate too, and nothing inside may ask the
-    GPU for a value. The graph knows the weights of a module that is passed by their addresses, so it sees what is changed in
-    place; anything else that is passed is a constant. Results live in the graph's memory: the next call overwrites
-    them. An input that is changed in place and returned, such as a key-value cache, stays there from call to call.
+    varies between calls must be in the tensors that are passed, the learning rate too, and nothing inside may ask
+    the GPU for a value. The graph knows the weights of a module that is passed by their addresses, so it sees what
+    is changed in place; anything else that is passed is a constant. Results live in the graph's memory: the next
+    call overwrites them. An input that is changed in place and returned, such as a key-value cache, stays there.
     """
     def __init__(self, function):
         self.function, self.calls, self.graphs, self.side = function, {}, {}, None
@@ -370,8 +381,11 @@ class GraphedStep:
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         if not records(tensors[0].device):
             return self.function(*inputs)
-        known_by = lambda x: ((x.shape, x.dtype) if isinstance(x, Tensor) else
-                              tuple(w.data_ptr() for w in (*x.parameters(), *x.buffers())) if isinstance(x, nn.Module) else x)
+
+        def known_by(x):
+            if isinstance(x, nn.Module):
+                return tuple(w.data_ptr() for w in (*x.parameters(), *x.buffers()))
+            return (x.shape, x.dtype) if isinstance(x, Tensor) else x
         key = CHOSEN, BF16, spec, *map(known_by, leaves)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:                          # a graph must not be the first to load a kernel
@@ -383,19 +397,19 @@ class GraphedStep:
             return out
         if key not in self.graphs:
             graph, static = torch.cuda.CUDAGraph(), [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            try:                  # thread_local: what NCCL's thread asks of the GPU meanwhile is no mistake of the recording
+            try:           # thread_local: what NCCL's thread asks of the GPU meanwhile is no mistake of the recording
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     out = self.function(*tree_unflatten(static, spec))
                 # without the modules: a model that holds its own graphs must not be held by them
                 self.graphs[key] = graph, [x for x in static if isinstance(x, Tensor)], out
-            except RuntimeError as e:              # something inside cannot be recorded: as slow as without, no worse
+            except RuntimeError as e:          # something inside cannot be recorded: as slow as without, no worse
                 print(f"no CUDA graph ({' '.join(str(e).split()):.120}); launching every kernel")
                 self.graphs[key] = None
         if self.graphs[key] is None:
             return self.function(*inputs)
         graph, static, out = self.graphs[key]
         for place, value in zip(static, tensors):
-            place.copy_(value)                                        # nothing to do where they are the same tensor
+            place.copy_(value)                                # nothing to do where they are the same tensor
         graph.replay()
         return out
 
@@ -424,7 +438,8 @@ class Optimizer:
         for name, p in named:
             if is_matrix(name):
                 self.matrices.setdefault(tuple(p.shape), []).append(p)
-        self.momentum = {shape: torch.zeros(len(ps), *shape, device=ps[0].device) for shape, ps in self.matrices.items()}
+        self.momentum = {shape: torch.zeros(len(ps), *shape, device=ps[0].device)
+                         for shape, ps in self.matrices.items()}
         others = [p for name, p in named if not is_matrix(name)]
         device = others[0].device
         self.adam = torch.optim.AdamW(others, lr=torch.tensor(adam_lr, device=device), betas=(0.9, 0.95),
@@ -432,7 +447,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale: Tensor | float) -> None:
-        """One update with both learning rates times `scale`; as a () tensor on the device a graph can replay it."""
+        """One update with both learning rates times `scale`; a graph can replay it if that is a () tensor."""
         for shape, ps in self.matrices.items():
             grad, momentum = torch.stack([p.grad for p in ps]), self.momentum[shape]
             momentum.lerp_(grad, 0.05)
@@ -460,7 +475,7 @@ class Optimizer:
         self.adam.load_state_dict({"state": slots, "param_groups": self.adam.state_dict()["param_groups"]})
 
 def average_gradients(module: nn.Module, world: int) -> None:
-    """The mean of the gradients of `world` processes, in one all-reduce of all of them as one vector. A graph can record it."""
+    """The mean of the gradients of `world` processes, by one all-reduce of all of them as one vector."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
     torch.distributed.all_reduce(flat)
@@ -481,7 +496,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if (fast if BF16 is None else BF16) else torch.float32
 
 def compiled(function):
-    """torch.compile with dynamic batch sizes, or the plain function, with one line of explanation, where that fails."""
+    """torch.compile with dynamic batch sizes or, where that fails, the plain function, with one line that says why."""
     chosen = None
 
     def run(*args):
@@ -505,19 +520,16 @@ def compiled(function):
 def random_layout(rng: np.random.Generator, B: int, S: int) -> Layout:
     """Rows packed with documents of random blocks, some rows with padding behind them."""
     spans = np.zeros((4, B, S), np.int32)
-    for b in range(B):
-        at = 0
-        while True:
-            blocks = [(("image", "text")[rng.integers(2)], int(rng.integers(1, 40))) for _ in range(rng.integers(1, 4))]
-            if at + sum(n for _, n in blocks) > S:
-                break
-            at = write_document(spans, b, at, blocks)
+    block = lambda: (("image", "text")[rng.integers(2)], int(rng.integers(1, 40)))
+    for row in range(B):
+        at, blocks = 0, [block() for _ in range(rng.integers(1, 4))]
+        while at + sum(n for _, n in blocks) <= S:
+            at, blocks = write_document(spans, row, at, blocks), [block() for _ in range(rng.integers(1, 4))]
     return Layout(*map(torch.from_numpy, spans))
 
 def backends_here(device: torch.device) -> list[str]:
-    if device.type == "cuda":
-        return ["reference", "sdpa", "bmm", "flex"] + ["triton"] * (triton is not None)
-    return ["reference", "sdpa", "bmm"] + ["triton"] * (triton is not None and os.environ.get("TRITON_INTERPRET") == "1")
+    runs_triton = triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    return ["reference", "sdpa", "bmm"] + ["flex"] * (device.type == "cuda") + ["triton"] * runs_triton
 
 def errors(name: str, inputs: list[Tensor], grad: Tensor, layout: Layout, want: list[Tensor]) -> list[float]:
     """‖x − want‖ / ‖want‖ of the output and of the three gradients."""
@@ -529,21 +541,21 @@ def errors(name: str, inputs: list[Tensor], grad: Tensor, layout: Layout, want: 
 def leaks(name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rng: np.random.Generator) -> bool:
     """Whether a row changes by a bit when a column that it may not see is replaced by something large."""
     column = int(rng.integers(k.shape[2]))
-    before = attention(q, k, v, layout, name)
-    k, v = k.clone(), v.clone()
-    k[:, :, column], v[:, :, column] = 30.0, -1000.0
-    unseen = ~layout.may_attend(k.shape[2])[:, 0, :, column]                                       # (B, S)
-    return not torch.equal(before.transpose(1, 2)[unseen], attention(q, k, v, layout, name).transpose(1, 2)[unseen])
+    loud_k, loud_v = k.clone(), v.clone()
+    loud_k[:, :, column], loud_v[:, :, column] = 30.0, -1000.0
+    unseen = ~layout.may_attend(k.shape[2])[:, 0, :, column]                                  # (B, S)
+    quiet, loud = (attention(q, *kv, layout, name).transpose(1, 2)[unseen] for kv in ((k, v), (loud_k, loud_v)))
+    return not torch.equal(quiet, loud)
 
 def check(cases: int = 6) -> int:
-    """Compare every backend that runs here with float64 on random packings; print the worst errors; 1 if any is bad."""
+    """Compare every backend that runs here with float64 on random packings; print the worst errors; 1 if one is bad."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.use_deterministic_algorithms(True, warn_only=True)       # fills what is allocated empty with NaN
     worst, bad = {}, []
     for case in range(cases):
         rng = np.random.default_rng(case)
         B, S, D = (1, 37, 16) if case == 0 else (3, int(rng.integers(60, 300)), (32, 64)[case % 2])
-        layout = Layout(*(x.to(device) for x in random_layout(rng, B, S)))
+        layout = random_layout(rng, B, S).to(device)
         torch.manual_seed(case)
         exact = [torch.randn(B, 2, S, D, device=device) for _ in range(4)]
         for dtype in (torch.float32, torch.bfloat16):
@@ -559,12 +571,13 @@ def check(cases: int = 6) -> int:
                 if leaks(name, *inputs, layout, rng):
                     bad.append(f"{name} in {dtype}: a row depends on a column that it may not see (case {case})")
     torch.use_deterministic_algorithms(False)
-    print(f"{cases} random packings on {device}, torch {torch.__version__}; worst of ‖x − float64‖ / ‖float64‖:")
-    print(f"{'':22}{'output':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
+    print(f"{cases} random packings on {device}, torch {torch.__version__}; worst of ‖x − float64‖ / ‖float64‖:\n"
+          f"{'':22}{'output':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
     for (name, dtype), found in worst.items():
         limit = np.full(4, 1e-5) if dtype == torch.float32 else np.minimum(1e-2, 1.5 * worst["sdpa", dtype])
         ok = bool((found <= limit).all()) or name == "reference"    # the reference is exact in float64, not in bf16
-        print(f"{name:10}{str(dtype).removeprefix('torch.'):12}" + "".join(f"{e:10.1e}" for e in found) + ("" if ok else "   BAD"))
+        numbers = "".join(f"{error:10.1e}" for error in found)
+        print(f"{name:10}{str(dtype).removeprefix('torch.'):12}{numbers}{'' if ok else '   BAD'}")
         if not ok:
             bad.append(f"{name} in {dtype} is off by {found.max():.1e}, allowed {limit.min():.1e}")
     print("\n".join(bad) or "all agree; no row sees what it may not")
@@ -575,131 +588,146 @@ def medians(variants: dict[str, object], seconds: float, device: torch.device) -
     slows all alike. The first calls of each (compilation, warm-up, recording) do not count.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def timed(run) -> float:
-        wait()
-        start = time.perf_counter()
-        run(), wait()
-        return time.perf_counter() - start
     for run in variants.values():
         for _ in range(5 if device.type == "cuda" else 2):
             run()
-    taken, began = {name: [] for name in variants}, time.perf_counter()
-    while time.perf_counter() - began < seconds or len(next(iter(taken.values()))) < 3:
+    taken, began, rounds = {name: [] for name in variants}, time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or rounds < 3:
+        rounds += 1
         for name, run in variants.items():
-            taken[name].append(timed(run))
+            wait()
+            start = time.perf_counter()
+            run(), wait()
+            taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 
+def bench_attention(cfg, layout: Layout, seconds: float) -> dict:
+    """One layer of a Config alone, against what people would pick instead: with the layout of a training batch, then
+    with equal documents, which can be split into dense parts.
+    """
+    device, (B, S), H, D = layout.lo.device, layout.lo.shape, cfg.width // cfg.head_dim, cfg.head_dim
+    low, on_gpu = compute_dtype(device), device.type == "cuda"
+    qkv = [torch.randn(B, S, H, D, device=device, dtype=low).transpose(1, 2).requires_grad_() for _ in range(3)]
+    grad = torch.randn_like(qkv[0])
+
+    def variants(layout: Layout, baselines: dict) -> dict:
+        ours = torch.compile(functools.partial(BACKENDS[fastest(qkv[0], layout)], layout=layout), dynamic=False)
+        return {"ours": ours, **{name: functools.partial(f, layout=layout) for name, f in baselines.items()}}
+
+    def both_passes(attend, dtype: torch.dtype = low):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        return lambda: torch.autograd.grad(attend(*inputs), inputs, grad.to(dtype))
+    attend = variants(layout, {"sdpa": attention_sdpa, **({"flex": attention_flex} if on_gpu else {})})
+    other = torch.float32 if low == torch.bfloat16 else torch.bfloat16
+    forward = {name: functools.partial(f, *qkv) for name, f in attend.items()}
+    backward = {name: both_passes(f) for name, f in attend.items()}
+    backward[f"sdpa in {str(other).removeprefix('torch.')}"] = both_passes(attend["sdpa"], other)
+    spans = np.zeros((4, B, S), np.int32)       # every sample: an image looked at, a prompt, an image to draw
+    for row in range(B):
+        write_document(spans, row, 0, [("image", cfg.patches), ("text", S - cfg.patches - cfg.tokens),
+                                       ("image", cfg.tokens)])
+    equal = Layout(*map(torch.from_numpy, spans)).to(device)
+    attend = variants(equal, {"sdpa": attention_sdpa, "split, cuDNN" if on_gpu else "split": attention_split})
+    return {"attention, forward": medians(forward, seconds, device),
+            "attention, forward + backward": medians(backward, seconds, device),
+            "the same, equal documents": medians({n: both_passes(f) for n, f in attend.items()}, seconds, device)}
+
+def chosen(run, backend: str, bf16: bool | None):
+    """`run` with another backend and precision, and without graphs."""
+    def wrapped():
+        global CHOSEN, BF16, GRAPHS
+        before, (CHOSEN, BF16, GRAPHS) = (CHOSEN, BF16, GRAPHS), (backend, bf16, False)
+        try:
+            run()
+        finally:
+            CHOSEN, BF16, GRAPHS = before
+    return wrapped
+
 def bench(seconds: float, cfg=None) -> dict:
-    """Attention, train step, answers and pictures of a Config (by default of tiny on a CPU and base on a GPU) against what
-    people would pick instead. Medians in seconds; each group takes turns for `seconds`, the train step four times as long.
+    """Attention, train step, answers and pictures of a Config (by default of tiny on a CPU and base on a GPU) against
+    what people would pick instead. Medians in seconds; each group takes turns for `seconds`, the step for four times.
     """
     import sgt
     from torch.utils.flop_counter import FlopCounterMode
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = cfg or sgt.Config(**sgt.PRESETS["base" if device.type == "cuda" else "tiny"])
+    on_gpu, low = device.type == "cuda", compute_dtype(device)
+    cfg = cfg or sgt.Config(**sgt.PRESETS["base" if on_gpu else "tiny"])
+    torch.manual_seed(0)
+    a, b = (torch.randn(8192 if on_gpu else 2048, 8192 if on_gpu else 2048, device=device, dtype=low) for _ in range(2))
+    peak = 2 * len(a) ** 3 / medians({"gemm": lambda: a @ b}, 2.0, device)["gemm"]
     batch = sgt.make_batch(cfg, "train", 0, cfg.vqa_batch, cfg.t2i_batch).to(device)
-    layout, (B, S), H, D = batch.layout, batch.ids.shape, cfg.width // cfg.head_dim, cfg.head_dim
-    low = compute_dtype(device)
-    torch.manual_seed(0)
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=low) for _ in range(2))
-    peak = 2 * side ** 3 / medians({"gemm": lambda: a @ b}, 2.0, device)["gemm"]
-    found = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-             "torch": torch.__version__, "gemm_gflops": peak / 1e9}
+    found = {"device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+             "torch": torch.__version__, "precision": str(low).removeprefix("torch."), "gemm_gflops": peak / 1e9,
+             **bench_attention(cfg, batch.layout, seconds)}
 
-    # attention alone: one layer, with the layout of a training batch
-    qkv = [torch.randn(B, S, H, D, device=device, dtype=low).transpose(1, 2).requires_grad_() for _ in range(3)]
-    exact = [x.detach().float().requires_grad_() for x in qkv]
-    ours, grad = fastest(qkv[0], layout), torch.randn_like(qkv[0])
-    attend = {"ours": torch.compile(functools.partial(BACKENDS[ours], layout=layout), dynamic=False),
-              **{name: functools.partial(BACKENDS[name], layout=layout) for name in ["sdpa"] + ["flex"] * (device.type == "cuda")}}
-    backward = lambda f, x, g: torch.autograd.grad(f(*x), x, g)
-    variants = {name: functools.partial(f, *qkv) for name, f in attend.items()}
-    found["attention, forward"] = medians(variants, seconds, device)
-    variants = {name: functools.partial(backward, f, qkv, grad) for name, f in attend.items()}
-    variants["sdpa fp32"] = functools.partial(backward, attend["sdpa"], exact, grad.float())
-    found["attention, forward + backward"] = medians(variants, seconds, device)
-    spans = np.zeros((4, B, S), np.int32)             # every sample an image that is looked at, a prompt, an image to draw
-    for row in range(B):
-        write_document(spans, row, 0, [("image", cfg.patches), ("text", S - cfg.patches - cfg.tokens), ("image", cfg.tokens)])
-    same = Layout(*(torch.from_numpy(x).to(device) for x in spans))
-    split = "split, cuDNN" if device.type == "cuda" else "split"
-    attend = {"ours": torch.compile(functools.partial(BACKENDS[ours], layout=same), dynamic=False),
-              "sdpa": functools.partial(attention_sdpa, layout=same), split: functools.partial(attention_split, layout=same)}
-    variants = {name: functools.partial(backward, f, qkv, grad) for name, f in attend.items()}
-    found["the same, equal documents"] = medians(variants, seconds, device)
-
-    # the whole program with other choices: backend, precision, compilation
+    # the train step: compiled and recorded, compiled, and as written
     torch.manual_seed(0)
-    tokenizer, model = sgt.VisionTokenizer(cfg).to(device).requires_grad_(False), sgt.UnifiedModel(cfg).to(device)
+    tokenizer = sgt.VisionTokenizer(cfg).to(device).requires_grad_(False)
+    model = sgt.UnifiedModel(cfg).to(device)
     optimizer, scale = Optimizer(model, 0.0, 0.0), torch.ones((), device=device)     # rate 0: the weights stay
-    scenes = sgt.sample_scenes(cfg, "val", np.arange(64))
-    images, texts = sgt.render(cfg, scenes).image.to(device), [[sgt.TEXT.BOS] + sgt.TEXT.encode("two red circles")] * 64
 
-    def chosen(run, backend: str = CHOSEN, bf16: bool | None = BF16):
-        """With other choices, and without graphs."""
-        def wrapped():
-            global CHOSEN, BF16, GRAPHS
-            before, (CHOSEN, BF16, GRAPHS) = (CHOSEN, BF16, GRAPHS), (backend, bf16, False)
-            try:
-                run()
-            finally:
-                CHOSEN, BF16, GRAPHS = before
-        return wrapped
-
-    def step(batch, scale, block=sgt.Block.forward, loss=sgt.token_loss):
+    def step(batch, scale, block, loss):
         for p in model.parameters():
             p.grad = None
         sum(sgt.losses(model, tokenizer, batch, block, loss).values()).backward()
         optimizer.step(scale)
-    fast, plain = (functools.partial(step, block=compiled(sgt.Block.forward), loss=compiled(sgt.token_loss)) for _ in range(2))
-    fast, plain, eager = (functools.partial(f, batch, scale) for f in (GraphedStep(fast), plain, step))
-    without = lambda what, run: {what: chosen(run)} if records(device) else {}
+    compiled_step = lambda: functools.partial(step, block=compiled(sgt.Block.forward), loss=compiled(sgt.token_loss))
+    ours = functools.partial(GraphedStep(compiled_step()), batch, scale)
+    with_sdpa = functools.partial(compiled_step(), batch, scale)          # compiled for its own backend
+    eager = functools.partial(step, batch, scale, sgt.Block.forward, sgt.token_loss)
+    without_graph = lambda run: {"ours, no graph": chosen(run, CHOSEN, BF16)} if records(device) else {}
     began = time.perf_counter()
-    fast()
+    ours()
     found["first step, seconds"] = time.perf_counter() - began
-    found["train step"] = medians({"ours": fast, **without("compiled, no graph", fast), "compiled, sdpa": chosen(plain, "sdpa"),
-                                   "eager, sdpa": chosen(eager, "sdpa"), "eager fp32, sdpa": chosen(eager, "sdpa", False)},
-                                  4 * seconds, device)
+    found["train step"] = medians({"ours": ours, **without_graph(ours), "compiled, sdpa": chosen(with_sdpa, "sdpa", BF16),
+                                   "eager, sdpa": chosen(eager, "sdpa", BF16),
+                                   "eager fp32, sdpa": chosen(eager, "sdpa", False)}, 4 * seconds, device)
     with FlopCounterMode(display=False) as counter:
-        chosen(eager, "reference")()                          # it knows no operators of ours
-    found["share of the matrix rate"] = counter.get_total_flops() / found["train step"]["ours"] / peak
-    if device.type == "cpu":                      # what these shapes allow: the products alone, everything else for free
+        chosen(eager, "reference", BF16)()                    # it knows no operators of ours
+    work = counter.get_total_flops() / peak                   # seconds, if everything ran at the matrix rate
+    found["share of the matrix rate"] = work / found["train step"]["ours"]
+    if not on_gpu:                                # what these shapes allow: the products alone, all else for free
         with torch.profiler.profile() as profile:
-            fast()
-        products = sum(e.self_cpu_time_total for e in profile.key_averages() if re.fullmatch(r"aten::(add|badd)?b?mm", e.key))
-        found["share of the matrix rate, products alone"] = counter.get_total_flops() / (products / 1e6) / peak
-    ask = lambda n, limit: sgt.answer(model, images[:n], ["what color is the circle?"] * n, limit)
-    picture = lambda n: sgt.generate(model, tokenizer, texts[:n], guidance=2.0)
-    for name, run in {"64 answers of 4 tokens": functools.partial(ask, 64, 4), "64 pictures, guidance": functools.partial(picture, 64),
-                      "one picture, guidance": functools.partial(picture, 1)}.items():
-        found[name] = medians({"ours": run, **without("no graph", run), "eager fp32, sdpa": chosen(run, "sdpa", False)}, seconds, device)
-    # one sequence: every token reads all weights once, if nothing else took time; the untrained head never says END
-    short, long = (functools.partial(ask, 1, limit) for limit in (9, 41))
-    block = torch.empty(2 ** (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
-    times = medians({"short": short, "long": long, "copy": block.clone}, seconds, device)
+            ours()
+        products = [e for e in profile.key_averages() if re.fullmatch(r"aten::(add|badd)?b?mm", e.key)]
+        found["share of the matrix rate, products alone"] = work / sum(e.self_cpu_time_total / 1e6 for e in products)
+
+    # answers and pictures
+    images = sgt.render(cfg, sgt.sample_scenes(cfg, "val", np.arange(64))).image.to(device)
+    texts = [[sgt.TEXT.BOS] + sgt.TEXT.encode("two red circles")] * 64
+    ask = lambda n, limit: lambda: sgt.answer(model, images[:n], ["what color is the circle?"] * n, limit)
+    draw = lambda n: lambda: sgt.generate(model, tokenizer, texts[:n], guidance=2.0)
+    for name, run in {"64 answers of 4 tokens": ask(64, 4), "64 pictures, guidance": draw(64),
+                      "one picture, guidance": draw(1)}.items():
+        found[name] = medians({"ours": run, **without_graph(run), "eager fp32, sdpa": chosen(run, "sdpa", False)},
+                              seconds, device)
+    # one sequence: each token reads all weights once, if nothing else took time; the untrained head never says END
+    block = torch.empty(2 ** (30 if on_gpu else 26), dtype=torch.uint8, device=device)
+    times = medians({"short": ask(1, 9), "long": ask(1, 41), "copy": block.clone}, seconds, device)
     read = sum(w.numel() for w in (*model.blocks.parameters(), model.text_head)) * low.itemsize * (41 - 9)
     found["share of the memory bandwidth"] = read / (times["long"] - times["short"]) / (2 * len(block) / times["copy"])
-    if device.type == "cuda":
+    if on_gpu:
         found["peak memory of all variants, MB"] = torch.cuda.max_memory_allocated() / 1e6
     elif sys.platform == "linux":
-        import resource                                               # not on Windows; other units on a Mac
+        import resource                                       # not on Windows; other units on a Mac
         found["peak memory of all variants, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return found
 
 def show(found: dict) -> str:
     """The table: milliseconds, and how many times faster ours is."""
-    lines = [f"{found['device']}, torch {found['torch']}; matrix products at {found['gemm_gflops']:.0f} GFLOP/s"]
+    percent = lambda key: f"{100 * found[key]:.0f} %"
+    lines = [f"{found['device']}, {found['precision']}, torch {found['torch']}; matrix products at "
+             f"{found['gemm_gflops']:.0f} GFLOP/s"]
     for what, times in found.items():
         if isinstance(times, dict):
             lines += [f"\n{what:34}{'ms':>9}{'ours is':>12}"]
             lines += [f"  {name:32}{1000 * t:9.2f}{t / times['ours']:10.2f} ×" for name, t in times.items()]
-    alone = found.get("share of the matrix rate, products alone")
-    return "\n".join(lines + [f"\ntrain step at {100 * found['share of the matrix rate']:.0f} % of the matrix rate"
-                              + (f" ({100 * alone:.0f} % if all but its matrix products took no time)" if alone else "") + "; "
-                              f"first step, with compilation, {found['first step, seconds']:.0f} s; one sequence is decoded at "
-                              f"{100 * found['share of the memory bandwidth']:.0f} % of the memory bandwidth"])
+    alone = "share of the matrix rate, products alone"
+    lines += [f"\ntrain step at {percent('share of the matrix rate')} of the matrix rate"
+              + (f" ({percent(alone)} if all but its matrix products took no time)" if alone in found else ""),
+              f"first step, with compilation: {found['first step, seconds']:.0f} s",
+              f"one sequence is decoded at {percent('share of the memory bandwidth')} of the memory bandwidth"]
+    return "\n".join(lines)
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="kernels.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -718,5 +746,5 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 if __name__ == "__main__":
-    import kernels                    # sgt.py imports this file as `kernels`: run that copy, so that there is only one
+    import kernels              # sgt.py imports this file as `kernels`: run that copy, so that there is only one
     sys.exit(kernels.main())

@@ -313,7 +313,7 @@ def test_the_mask_of_packed_documents_is_the_one_of_the_paper():
     rows = sgt.Rows(cfg, 1, 14)
     end = rows.add(0, 0, [5, 6], patches=True, codes=True)    # [patches][prompt][target]
     rows.add(0, end, [7], patches=False)
-    drawn = kernels.draw(rows.tensors()[3], 14)
+    drawn = kernels.draw(rows.tensors()[3])
     assert drawn.split() == ["####.........."] * 4 + ["#####.........", "######........"] + ["##########...."] * 4 + [
         "..........#..."] + [".............."] * 3
 
