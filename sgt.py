@@ -147,71 +147,64 @@ class Config:
     text_slot = property(lambda self: 1 + self.patches + self.tokens)
 
     def validate(self) -> None:
-        """Refuse what cannot work, before anything is written."""
-        for field in dataclasses.fields(self):     # a config.json may come from anywhere
-            value = getattr(self, field.name)
-            kind = (int, float) if field.type == "float" else type(field.default)
-            if not isinstance(value, kind) or kind is not str and not abs(value) < 2 ** 40:
-                raise UserError(f"{field.name}={value!r}; give a sensible {field.type}")
-        size, patch = self.image_size, self.patch
-        if min(patch, self.see_patch) < 2:         # nothing below can be computed without them
-            raise UserError(f"patch={patch}, see_patch={self.see_patch}; give at least 2")
-        photos = self.data != "scenes"
+        """Refuse what cannot work, before anything is written; a config.json may come from anywhere."""
+        for field in dataclasses.fields(self):
+            value, (low, high) = getattr(self, field.name), LIMITS.get(field.name, (0, 10 ** 9))
+            kinds = (int, float) if field.type == "float" else (type(field.default),)
+            if type(value) not in kinds:
+                raise UserError(f"{field.name}={value!r:.60} is no {field.type}; give one")
+            if type(value) in (int, float) and not low <= value <= high:                              # NaN too
+                raise UserError(f"{field.name}={value!r:.60} is out of range; give {low:g} to {high:g}")
+        size, patch, photos = self.image_size, self.patch, self.data != "scenes"
+        if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) or min(self.levels) < 2 or self.codebook > 65536:
+            raise UserError(f"fsq_levels={self.fsq_levels!r:.60} is no list of levels above 1 with a product up to 65536; "
+                            "try 8,5,5,5")
+        longest = max(self.tokens + self.prompt_len, self.patches + (10 if photos else 6) + self.tokens, self.patches + 64)
         weights = (self.width * (12 * self.width * self.depth + 24 * self.see_patch ** 2 + self.row_len + self.tokens)
-                   + self.tok_width * (12 * self.tok_width * self.tok_depth + 12 * (self.tok_reach * patch) ** 2 + self.tokens))
-        fits = max(self.tokens + self.prompt_len, self.patches + (10 if photos else 6) + self.tokens, self.patches + 64)
-        rules = [
-            (size >= 16 and size % patch == 0 == size % 4,
-             f"image_size={size} is not at least 16 and divisible by 4 and by patch={patch}",
+                   + self.tok_width * (12 * self.tok_width * self.tok_depth + 12 * (self.tok_reach * patch) ** 2))
+        for ok, what, fix in [
+            (size % patch == 0 == size % 4, f"image_size={size} is not divisible by 4 and by patch={patch}",
              f"try --image-size {max(16, 4 * round(size / 4))} --patch 4"),
-            (size % self.see_patch == 0 and self.see_patch % patch == 0,
-             f"see_patch={self.see_patch} is no multiple of patch={patch} that divides image_size={size}", f"try --see-patch {patch}"),
-            (re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) and min(self.levels) > 1 and self.codebook <= 65536,
-             f"fsq_levels={self.fsq_levels!r} is no list of levels above 1 with a product up to 65536", "try 8,5,5,5"),
-            (min(self.width, self.head_dim) > 0 and self.width % self.head_dim == 0 == self.head_dim % 8,
-             f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width that is a "
-             "multiple of head_dim, and head_dim of 8", "try --width 128 --head-dim 32"),
-            (self.tok_width > 0 and self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
-            (min(self.depth, self.tok_depth, self.tok_reach) >= 1 and 0 <= self.threads <= 1024,
-             "depth, tok_depth and tok_reach must be at least 1, threads 0 to 1024", "change them"),
-            (re.fullmatch(r"scenes|(coco|voc|sam|hf):.+", self.data), f"data={self.data!r}",
+            (size % self.see_patch == 0 == self.see_patch % patch,
+             f"see_patch={self.see_patch} is no multiple of patch={patch} that divides image_size={size}",
+             f"try --see-patch {patch}"),
+            (self.width % self.head_dim == 0 == self.head_dim % 8, f"width={self.width}, head_dim={self.head_dim}: rotary "
+             "positions in two dimensions need a width that is a multiple of head_dim, and head_dim of 8",
+             "try --width 128 --head-dim 32"),
+            (self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
+            (weights < 2e9, f"width, depth and patches give {weights:.1g} weights", "give at most 2e9"),
+            (self.row_len >= longest, f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
+             f"give at least {longest}"),
+            (re.fullmatch(r"scenes|(coco|voc|sam|hf):.+", self.data), f"data={self.data!r:.200}",
              "choose scenes, coco:DIR, voc:DIR, sam:DIR_OR_TAR or hf:USER/DATASET"),
-            (3 <= self.shapes <= 8 and 3 <= self.colors <= 8 and 2 <= self.max_objects <= (12 if photos else 4),
-             f"shapes={self.shapes}, colors={self.colors}, max_objects={self.max_objects}",
-             "choose 3-8, 3-8 and 2-4 (of photographs 2-12)"),
-            (len(self.categories.split(",")) <= 200 and len(self.words) < 10 ** 5, "more than 200 categories, or too many words",
-             "leave some out"),
-            (not set(self.arms) & set(PROXIES) - set(proxies_of(self)), f"proxies={self.proxies!r}",
-             f"photographs have no depth and one view only: choose from {', '.join(proxies_of(self))}"),
-            (0 <= self.lattice <= size // 4, f"lattice={self.lattice}", f"choose 0 to {size // 4} at this image size"),
-            (self.prompt_len >= 16, f"prompt_len={self.prompt_len} does not hold the prompts", "give at least 16"),
-            (self.row_len >= fits, f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
-             f"give at least {fits}"),
-            (max(size, self.sample_steps) <= 4096 and self.row_len <= 8192 and weights <= 2e9, f"image_size={size}, sample_steps="
-             f"{self.sample_steps}, row_len={self.row_len}, {weights} weights", "give at most 4096, 4096, 8192 and 2000000000"),
-            (min(self.vqa_batch, self.t2i_batch, self.arm_vqa, self.arm_t2i) >= 2, "vqa and t2i batches must be at least 2",
-             "change them"),
-            (max(self.vqa_batch + self.t2i_batch, self.tok_batch) <= 4096 and max(
-                self.arm_vqa + self.arm_t2i, self.ratio * self.arm_vqa) <= 2048, "a batch would show scenes of the next step",
+            (photos or self.max_objects <= 4, f"max_objects={self.max_objects}", "scenes have room for 2 to 4"),
+            (self.lattice <= size // 4, f"lattice={self.lattice}", f"choose 0 to {size // 4} at this image size"),
+            (len(self.categories.split(",")) <= 200 and len(self.words) < 10 ** 5, "too many categories or words",
+             "give at most 200 categories, and 100000 letters"),
+            (self.vqa_batch + self.t2i_batch <= 4096 and max(self.arm_vqa + self.arm_t2i, self.ratio * self.arm_vqa) <= 2048,
+             "a batch would show scenes of the next step",
              "give at most 4096 rows to a step of the base, 2048 to replay and to the proxy"),
             (self.arm_scenes != 1, "arm_scenes=1", "give at least 2: the shuffled control needs another picture"),
-            (0 <= self.condition_drop < 1 and 0 <= self.texture <= 1, "condition_drop and texture are shares",
-             "give numbers in [0, 1)"),
-            (0 <= self.ratio <= 100 and 0 <= self.arm_scenes and 0 <= self.seed < 2 ** 32 and 0 <= min(
-                self.guidance, self.temperature, self.token_temperature, self.text_weight, self.image_weight, self.tolerate),
-             "ratio, arm_scenes, guidance, temperatures, weights, tolerate and seed must not be negative or huge", "give 0 or more"),
-            (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r}", "choose mixed or sequential"),
-            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r}",
+            (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r:.60}", "choose mixed or sequential"),
+            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r:.200}",
              f"name each once, of {', '.join(PROXIES)}, or give all"),
-            (re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", self.device), f"device={self.device!r}", "choose auto, cpu, cuda or mps"),
-        ]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            positive = field.name.endswith(("_steps", "tok_batch", "_every", "_prompts", "_questions", "_masks", "lr"))
-            rules.append((not positive or value > 0, f"{field.name}={value}", "give a number above 0"))
-        for ok, what, fix in rules:
+            (set(self.arms) <= set(proxies_of(self)), f"proxies={self.proxies!r:.200}",
+             f"photographs have no depth and one view only: choose from {', '.join(proxies_of(self))}"),
+            (re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", self.device), f"device={self.device!r:.60}",
+             "choose auto, cpu, cuda or mps"),
+        ]:
             if not ok:
                 raise UserError(f"{what}; {fix}")
+
+# The smallest and largest sensible value of a setting; of those that are not named, 0 and a billion.
+LIMITS = {"image_size": (16, 4096), "shapes": (3, 8), "colors": (3, 8), "max_objects": (2, 12), "texture": (0, 1),
+          "patch": (2, 4096), "see_patch": (2, 4096), "tok_width": (32, 2 ** 15), "tok_depth": (1, 1000), "tok_reach": (1, 64),
+          "tok_batch": (2, 4096), "width": (8, 2 ** 15), "depth": (1, 1000), "head_dim": (8, 2 ** 15), "row_len": (1, 8192),
+          "prompt_len": (16, 8192), "vqa_batch": (2, 4096), "t2i_batch": (2, 4096), "arm_vqa": (2, 2048), "arm_t2i": (2, 2048),
+          "ratio": (0, 100), "condition_drop": (0, 0.99), "seed": (0, 2 ** 32 - 1), "threads": (0, 1024), "tolerate": (0, 100),
+          "lr": (1e-9, 10), "adam_lr": (1e-9, 10), "tok_adam_lr": (1e-9, 10), "arm_lr": (1e-9, 100), "sample_steps": (1, 4096),
+          **dict.fromkeys(["tok_steps", "base_steps", "arm_steps", "sample_every", "save_every", "eval_questions",
+                           "eval_prompts", "eval_masks"], (1, 10 ** 9))}
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -2069,28 +2062,41 @@ def borrow(cfg: Config, run: Run, other: Run) -> None:
         if not run.done(name):
             run.write(f"{name}.safetensors", (other.folder / f"{name}.safetensors").read_bytes())
 
+def with_names(cfg: Config) -> tuple[Config, str]:
+    """For photographs, the config with the names and words that are found in the data, and what was skipped in one line."""
+    if cfg.data == "scenes":
+        return cfg, ""
+    data = photographs(cfg.data, cfg.image_size, cfg.max_objects)
+    complaint, names = data.complain(cfg.tolerate), ",".join(data.names)
+    if cfg.categories not in ("", names):
+        raise UserError(f"categories={cfg.categories!r:.60} are not those of {cfg.data}; leave them out")
+    cfg = dataclasses.replace(cfg, categories=names, words=cfg.words or find_words(data))
+    cfg.validate()
+    for use, split in itertools.product(USES, ("train", "val")):
+        data.pool(split, use)                      # complains about what is missing before anything is written
+    return cfg, complaint
+
+def join_processes(device: torch.device) -> torch.device:
+    """Meet the other processes of torchrun; returns the device of this one."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl", device_id=device)
+    else:
+        torch.distributed.init_process_group("gloo")
+    return device
+
 def train(cfg: Config, run: Run, other: Run | None = None) -> None:
-    """Every stage in order, each skipped if its weights are there: tokenizer, base (both of `other` if that is given), the
-    arms, the report. Of the W processes of torchrun, process r takes the batches W · step + r and the mean of all gradients.
+    """Every stage in order, each skipped if its weights are there: tokenizer, base (both of `other` if that is given),
+    the arms, the report. Of the W processes of torchrun, process r takes the batches W · step + r and the mean of all
+    gradients.
     """
     from eval import evaluate, show
     device, why = choose_device(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    complaint = ""
-    if cfg.data != "scenes":
-        data = photographs(cfg.data, cfg.image_size, cfg.max_objects)
-        complaint, names = data.complain(cfg.tolerate), ",".join(data.names)
-        if cfg.categories not in ("", names):
-            raise UserError(f"categories={cfg.categories!r:.60} are not those of {cfg.data}; leave them out")
-        cfg = dataclasses.replace(cfg, categories=names, words=cfg.words or find_words(data))
-        cfg.validate()
-        for use, split in [(use, split) for use in USES for split in ("train", "val")]:
-            data.pool(split, use)                  # complains about what is missing before anything is written
+    cfg, complaint = with_names(cfg)
     if WORLD > 1:
-        if cuda := device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        device = join_processes(device)
     if RANK:                                                          # what the first process writes is there for all
         together()
     if other:
@@ -2098,7 +2104,8 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     run.open(cfg)
     if complaint:
         print(complaint)
-        run.write("bad_records.txt", (data.folder / "bad_records.txt").read_bytes())
+        cache = photographs(cfg.data, cfg.image_size, cfg.max_objects).folder
+        run.write("bad_records.txt", (cache / "bad_records.txt").read_bytes())
     if not RANK:
         together()
     print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")

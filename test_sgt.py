@@ -74,7 +74,7 @@ def test_every_preset_is_valid_and_every_setting_has_a_help_text():
     ("base_steps", -1, "base_steps"), ("device", "tpu", "device"), ("schedule", "later", "schedule"), ("seed", -1, "seed"),
     ("seed", 10**20, "seed"), ("threads", -1, "threads"), ("patch", 0, "patch"), ("see_patch", 0, "see_patch"),
     ("arm_scenes", 1, "arm_scenes"), ("vqa_batch", 5000, "4096"), ("head_dim", 4, "head_dim"), ("max_objects", 1, "max_objects"), ("colors", 2, "colors"), ("tok_reach", 0, "tok_reach"), ("device", "cuda:999", "device"),
-    ("width", 2**30, "weights"), ("sample_steps", 10**6, "sample_steps"), ("depth", 10**400, "depth"), ("patch", 4.0, "patch"), ("device", 1, "device")])
+    ("width", 2**14, "weights"), ("width", 2**30, "width"), ("sample_steps", 10**6, "sample_steps"), ("depth", 10**400, "depth"), ("patch", 4.0, "patch"), ("device", 1, "device")])
 def test_a_setting_that_cannot_work_is_refused_with_its_name(field, value, says):
     """A crash deep inside torch, an hour later."""
     with pytest.raises(sgt.UserError, match=says):
