@@ -43,10 +43,10 @@ import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import textwrap
-import threading
 import time
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -400,24 +400,30 @@ def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered
 
 # ==== 3. Photographs: annotated data behind the same two functions ==========================================
 
+LARGEST = 100_000_000                 # bytes of a file, pixels of a picture; beyond is a mistake or an attack
+
 class BadRecord(Exception):
-    """Something in a data set that cannot be used, and why: it is counted, named and skipped."""
+    """Why something in a data set cannot be used."""
 
-def why(e: Exception) -> str:
-    return str(e) if isinstance(e, BadRecord) else f"{type(e).__name__}: {e}"
+def check(ok, otherwise: str) -> None:
+    if not ok:
+        raise BadRecord(otherwise)
 
-LARGEST = 100_000_000                 # bytes of a file, pixels of a picture; beyond it is a mistake or an attack
+@contextlib.contextmanager
+def naming(bad: list[str], what: str):
+    """Skip a bad record: what goes wrong inside becomes a line of `bad`, and the run goes on without it."""
+    try:
+        yield
+    except Exception as e:                         # Pillow alone raises a dozen kinds for damaged files
+        bad.append(f"{what}: {e}" if isinstance(e, BadRecord) else f"{what}: {type(e).__name__}: {e}")
 
 def upright(file, annotated: tuple[int, int] | None = None) -> Image.Image:
-    """Any picture (a path or a binary file), in RGB and turned as its EXIF data say, unless it has the annotated size
-    (width, height) only as it lies. Raises what Pillow raises, which are a dozen kinds of errors.
-    """
+    """A picture in RGB, turned as its EXIF data say, unless it has the annotated size only as it lies."""
     with Image.open(file) as picture:
-        if picture.size[0] * picture.size[1] > LARGEST:
-            raise ValueError(f"{picture.size[0]} × {picture.size[1]} pixels are too many")
+        check(math.prod(picture.size) <= LARGEST, f"{picture.size} are too many pixels")
         turned = ImageOps.exif_transpose(picture)
         picture = picture if annotated == picture.size != turned.size else turned
-        if picture.mode in ("I", "I;16", "I;16B", "F"):       # 16 bits and more: scale the range that is used
+        if picture.mode[0] in "IF":                # 16 bits and more: scale the range that is used
             values = np.asarray(picture, np.float64)
             low, high = np.nanmin(values), np.nanmax(values)
             picture = Image.fromarray(np.uint8(np.nan_to_num((values - low) / max(high - low, 1e-9)) * 255))
@@ -428,260 +434,255 @@ def upright(file, annotated: tuple[int, int] | None = None) -> Image.Image:
 
 def squeeze(picture: Image.Image, P: int) -> np.ndarray:
     """(P, P, …) uint8, whatever the sides were; smaller pictures are enlarged smoothly."""
-    return np.asarray(picture.resize((P, P), Image.Resampling.BOX if min(picture.size) >= P else Image.Resampling.BICUBIC))
+    smooth = Image.Resampling.BOX if min(picture.size) >= P else Image.Resampling.BICUBIC
+    return np.asarray(picture.resize((P, P), smooth))
 
-# --- what annotations hold, checked before pycocotools sees it: some of it crashes the interpreter, or reads foreign memory
+# --- annotations, checked before pycocotools sees them: on some it crashes or reads foreign memory
 
-def number(x, low: float, high: float) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high       # NaN is not
+def number(x, low: float, high: float, whole: bool = False) -> bool:
+    return type(x) in (int, float) and low <= x <= high and (not whole or x == int(x))      # not NaN, True
+
+def size_of(about: dict) -> tuple[int, int]:
+    h, w = about.get("height"), about.get("width")
+    check(number(h, 1, 1e5, whole=True) and number(w, 1, 1e5, whole=True) and h * w <= LARGEST,
+          f"absurd height {h!r:.40} or width {w!r:.40}")
+    return int(h), int(w)
 
 def run_lengths(counts: str) -> list[int]:
-    """COCO's compressed run lengths as numbers: 5 bits a character, from the fourth on differences to the last but one."""
-    runs, value, shift = [], 0, 0
-    for c in counts:
-        bits = ord(c) - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise BadRecord("run lengths that are none")
-        value, shift = value | (bits & 31) << shift, shift + 5
-        if not bits & 32:                                             # the last character of a number; bit 16 is its sign
-            runs.append(value - (bits >> 4 << shift) + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs + [-1] * (shift > 0)                                  # -1: cut off within a number
+    """COCO's compressed run lengths as numbers: 5 bits a character, low ones first; "P" and above: more
+    follow; the top bit of the last is the sign. From the fourth number on, differences to the last but one.
+    """
+    check(re.fullmatch("([P-o]{0,6}[0-O])*", counts), "garbled run lengths, which do not sum to anything")
+    runs = []
+    for digits in re.findall("[P-o]*[0-O]", counts):
+        value = sum((ord(c) - 48 & 31) << 5 * i for i, c in enumerate(digits))
+        value -= (digits[-1] >= "@") << 5 * len(digits)               # two's complement
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    return runs
 
-def decode_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
+def decode_mask(segmentation: list | dict | np.ndarray, h: int, w: int) -> np.ndarray:
     """Polygons, run lengths or pixels of an annotation → mask (h, w) bool."""
     if isinstance(segmentation, np.ndarray):
         return segmentation
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                raise BadRecord("a polygon with fewer than three points")
-            if not all(number(x, -w - h, 2 * (w + h)) for x in polygon):
-                raise BadRecord("a polygon with absurd coordinates")
-            if np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0)).sum() > 1000 * (w + h):
-                raise BadRecord("a polygon of absurd length")
-        if not segmentation:
-            raise BadRecord("no polygon")
-    else:
-        runs = segmentation.get("counts") if isinstance(segmentation, dict) else None
-        if not isinstance(runs, (str, list)) or segmentation.get("size") != [h, w]:
-            raise BadRecord(f"run lengths of another size than {[h, w]}, or none")
-        runs = run_lengths(runs) if isinstance(runs, str) else runs
-        if not all(number(n, 0, h * w) and n == int(n) for n in runs) or sum(runs) != h * w:
-            raise BadRecord("run lengths that do not sum to the size of the picture")
-        segmentation = {"size": [h, w], "counts": [int(n) for n in runs]}
-    found = mask_tools.frPyObjects(segmentation, h, w)
-    return mask_tools.decode(mask_tools.merge(found) if isinstance(found, list) else found) > 0
+        for p in segmentation:
+            is_long = isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
+            check(is_long, "a polygon with fewer than three points")
+            check(all(number(x, -w - h, 2 * (w + h)) for x in p), "a polygon with absurd coordinates")
+            steps = np.abs(np.diff(np.reshape(p, (-1, 2)), axis=0)).sum()         # pycocotools stores each
+            check(steps <= 1000 * (w + h), "a polygon of absurd length")
+        return mask_tools.decode(mask_tools.merge(mask_tools.frPyObjects(segmentation, h, w))) > 0
+    runs = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    check(isinstance(runs, (str, list)) and segmentation.get("size") == [h, w],
+          f"run lengths of another size than {[h, w]}, or none")
+    runs = run_lengths(runs) if isinstance(runs, str) else runs
+    check(all(number(n, 0, h * w, whole=True) for n in runs) and sum(runs) == h * w,
+          "run lengths that do not sum to the size of the picture")
+    whole = {"size": [h, w], "counts": [int(n) for n in runs]}
+    return mask_tools.decode(mask_tools.frPyObjects(whole, h, w)) > 0
 
-class Annotation(NamedTuple):
-    category: int
-    segmentation: list | dict | np.ndarray | None      # None: only a box
-    box: list[float] | None           # x, y, width, height
-    crowd: bool
-    bad: str = ""                     # why it must not be looked at; its thing is there all the same
+# a thing: number of its class; polygons, run lengths, pixels or None; x, y, width, height or None; is it a
+# crowd; why it must not be looked at, though it is there all the same
+Annotation = namedtuple("Annotation", "category segmentation box crowd bad", defaults=[""])
 
 def checked(a: dict, categories: dict[int, int], seen: set[int]) -> Annotation:
-    """An entry of "annotations"; raises BadRecord where not even what it says is there can be known."""
-    category, crowd, box, bad = a.get("category_id", 0), bool(a.get("iscrowd")), a.get("bbox"), ""
-    if not isinstance(category, int) or category not in categories:
-        raise BadRecord(f"unknown category {category!r:.40}")
-    if not number(a.get("id"), 1, 2 ** 62) or a["id"] in seen:   # COCOeval takes a match with annotation 0 for none
-        bad = f"annotation id {a.get('id')!r:.40} is 0, no number or there twice"
-    seen.add(a.get("id") if not bad else 0)
-    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(number(x, -1e5, 1e5) for x in box)
-                                and min(box[2:]) >= 0):
-        bad = bad or f"box {box!r:.60}"
-    if not a.get("segmentation") and not box:
-        bad = bad or "neither a mask nor a box"
-    return Annotation(categories[category], a.get("segmentation") or None, box, crowd, bad)
-
-class Source(NamedTuple):
-    """One photograph of a data set, not read yet."""
-    name: str
-    split: str                        # train, val, or "" where the data do not say
-    load: object                      # () → its bytes, (height, width), annotations, and where its panoptic PNG is, or {}
-    captions: list[str]
-
-def read_json(data: bytes, name: str) -> dict:
+    """An entry of "annotations"; a BadRecord where not even what it says is there can be known."""
+    category, key, box, segmentation = map(a.get, ("category_id", "id", "bbox", "segmentation"))
+    check(isinstance(category, int) and category in categories, f"unknown category {category!r:.40}")
+    bad = ""
     try:
-        found = json.loads(data)
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return found
-    except (ValueError, RecursionError) as e:
-        raise BadRecord(f"{name} is no JSON object ({e.__class__.__name__})") from None
+        check(number(key, 1, 2 ** 62) and key not in seen,            # COCOeval takes a match with 0 for none
+              f"annotation id {key!r:.40} is 0, no number or there twice")
+        seen.add(key)
+        is_box = isinstance(box, list) and len(box) == 4 and all(number(x, -1e5, 1e5) for x in box)
+        check(box is None or is_box and min(box[2:]) >= 0, f"box {box!r:.60}")
+        check(segmentation or box, "neither a mask nor a box")
+    except BadRecord as e:
+        bad = str(e)
+    return Annotation(categories[category], segmentation or None, box, bool(a.get("iscrowd")), bad)
 
-def read_inside(path: Path, root: Path) -> bytes:
-    """The bytes of a file of a data set; a name in an annotation file may not lead elsewhere."""
+# --- readers of data sets: (root, the folder that no file may lie outside, bad) → sources, things, stuff
+
+class File(NamedTuple):
+    """A file of a data set, or a part of a .tar, not read yet."""
+    path: Path
+    within: Path
+    offset: int = 0
+    length: int | None = None         # None: all of it
+
+    def read(self) -> bytes:
+        real = Path(os.path.realpath(self.path))
+        check(real.is_relative_to(self.within), "leads out of the folder")
+        check(real.is_file(), f"no such file, or no plain one: {self.path.name!r:.80}")
+        length = real.stat().st_size if self.length is None else self.length
+        check(length <= LARGEST, "absurdly large")
+        with real.open("rb") as f:
+            f.seek(self.offset)
+            return f.read(length)
+
+# a photograph, not read yet: split is train, val or "" (not known); picture a File; labels a function () →
+# (height, width), annotations; panoptic None, or the File of a PNG and a dict: id in it → 1 + class
+Source = namedtuple("Source", "name split picture labels captions panoptic", defaults=[(), None])
+
+def read_json(path: Path) -> dict:
     try:
-        real = path.resolve()
-        if not real.is_relative_to(root):
-            raise BadRecord("leads out of the folder")
-        if not real.is_file() or real.stat().st_size > LARGEST:
-            raise BadRecord("no such file" if not real.exists() else "no plain file, or absurdly large")
-        return real.read_bytes()
-    except (ValueError, OSError) as e:
-        raise BadRecord(why(e)) from None
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is no JSON object ({type(e).__name__}); mend or remove it") from None
 
-def listed(data: dict, key: str, *whole: str) -> list[dict]:
-    """The entries of a list in a COCO file (what is no object comes as an empty one) that have whole numbers in some fields."""
+def entries(data: dict, key: str, *whole: str) -> list[dict]:
+    """The objects in a list, if they have whole numbers in some fields; what is no object is an empty one."""
     found = data.get(key) if isinstance(data.get(key), list) else []
-    return [x for x in (x if isinstance(x, dict) else {} for x in found) if all(isinstance(x.get(field), int) for field in whole)]
+    found = [x if isinstance(x, dict) else {} for x in found]
+    return [x for x in found if all(isinstance(x.get(field), int) for field in whole)]
+
+def index_names(categories: list[dict], names: list[str]) -> dict[int, int]:
+    """Category id → index into `names`, to which new names are added, of at most four words."""
+    known = {c["id"]: " ".join(re.findall(r"\w+", str(c.get("name") or "").lower())[:4]) for c in categories}
+    names += [name for name in dict.fromkeys(known.values()) if name and name not in names]
+    return {key: names.index(name) for key, name in known.items() if name}
 
 def read_coco(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
-    """Photographs, things and stuff of a COCO folder: annotations/instances_train2017.json beside train2017/ (official),
-    train/instances.json beside train/images/, or flat. Captions and panoptic files have names like that of the instances.
+    """annotations/instances_train2017.json and train2017/ (official), train/instances.json and train/images/,
+    or flat. Captions and panoptic files lie beside the instances, with names like theirs.
     """
-    sources, names, stuff = [], [], []
-    kinds = ("instances", "boxes", "_annotations.coco")
-    find = lambda *patterns: [f for pattern in patterns for kind in kinds for f in sorted(root.glob(pattern.format(kind)))][:1]
-    files = [(split, f) for split in ("train", "val") for f in find(f"annotations/{{}}_{split}*.json", f"{split}*/{{}}*.json",
-                                                                    f"{{}}_{split}*.json")]
-    files = files or [("", f) for f in find("{}*.json", "annotations/{}*.json")]
+    def first(*patterns: str) -> list[Path]:
+        kinds = ("instances", "boxes", "_annotations.coco")
+        return [f for p in patterns for kind in kinds for f in sorted(root.glob(p.replace("KIND", kind)))][:1]
+    files = [(split, f) for split in ("train", "val")
+             for f in first(f"annotations/KIND_{split}*.json", f"{split}*/KIND*.json", f"KIND_{split}*.json")]
+    files = files or [("", f) for f in first("KIND*.json", "annotations/KIND*.json")]
     if not files:
-        raise UserError(f"{root} holds no instances*.json, alone or under annotations/, train/ or val/; name a COCO folder")
-    for split, file in files:
-        try:
-            data = read_json(file.read_bytes(), file.name)
-            beside = lambda kind: sorted(file.parent.glob(re.sub("|".join(kinds), kind, file.stem) + "*.json"))
-            described = [read_json(f.read_bytes(), f.name) for f in beside("captions")]
-            panoptic = [(f, read_json(f.read_bytes(), f.name)) for f in beside("panoptic")]
-        except BadRecord as e:
-            raise UserError(f"{file.parent}: {e}; mend or remove it") from None
-        named = lambda c: " ".join(re.findall(r"\w+", str(c.get("name")).lower())[:4])
-        categories = {c["id"]: named(c) for c in listed(data, "categories", "id") if named(c)}
-        if not categories or not listed(data, "images"):
-            raise UserError(f"{file} lists no categories or no images; is it a COCO instances file?")
-        names += [name for name in dict.fromkeys(categories.values()) if name not in names]
-        categories = {i: names.index(name) for i, name in categories.items()}
-        tag = re.sub(f"^({'|'.join(kinds)})_?", "", file.stem)
-        folders = [root / tag, root / "images" / tag, file.parent / "images", file.parent, root / "images", root]
-        first = [str(i.get("file_name")) for i in listed(data, "images")[:5]]
-        folder = next((f for f in folders if any(os.path.isfile(f / name) for name in first if "\0" not in name)), folders[3])
-        images: dict[int, tuple] = {}
-        for i in listed(data, "images"):
-            key, name, h, w = (i.get(k) for k in ("id", "file_name", "height", "width"))
-            if (not isinstance(key, int) or key in images or not isinstance(name, str)
-                    or not (number(h, 1, 1e5) and number(w, 1, 1e5) and h * w <= LARGEST and h == int(h) and w == int(w))):
-                bad.append(f"image {name!r:.80} (id {key!r:.40}): id or size is missing, absurd or there twice")
-            else:
-                images[key] = name, (int(h), int(w)), [], [], {}
-        seen: set[int] = set()
-        for a in listed(data, "annotations"):
-            try:
-                if not isinstance(a.get("image_id"), int) or a["image_id"] not in images:
-                    raise BadRecord(f"unknown image {a.get('image_id')!r:.40}")
-                images[a["image_id"]][2].append(checked(a, categories, seen))
-            except BadRecord as e:
-                bad.append(f"annotation {a.get('id')!r:.40}: {e}")
-        for texts in described:                                       # the first file that knows a picture describes it
-            new = {key for key, image in images.items() if not image[3]}
-            for c in listed(texts, "annotations", "image_id"):
-                if c["image_id"] in new and isinstance(c.get("caption"), str):
-                    images[c["image_id"]][3].append(" ".join(re.findall(r"[\w',-]+", c["caption"][:400].lower())))
-        for f, data in panoptic:
-            kind = {c["id"]: named(c) for c in listed(data, "categories", "id") if not c.get("isthing")}
-            stuff += [name for name in dict.fromkeys(kind.values()) if name not in stuff]
-            for p in listed(data, "annotations", "image_id"):
-                if p["image_id"] in images and isinstance(p.get("file_name"), str):
-                    segments = {s["id"]: 1 + stuff.index(kind[s["category_id"]])
-                                for s in listed(p, "segments_info", "id", "category_id") if s["category_id"] in kind}
-                    images[p["image_id"]][4].update(path=f.with_suffix("") / p["file_name"], within=within, segments=segments)
-
-        def load(folder, name, size, annotations, panoptic):
-            return read_inside(folder / name, within), size, annotations, panoptic
-        sources += [Source(name, split * (len(files) == 2), functools.partial(load, folder, name, size, found, extra), texts)
-                    for name, size, found, texts, extra in images.values()]
+        raise UserError(f"{root} and its annotations/, train/ hold no instances*.json; name a COCO folder")
+    names, stuff, sources = [], [], []
+    for split, f in files:
+        sources += read_instances(f, split if len(files) == 2 else "", root, within, names, stuff, bad)
     if max(len(names), len(stuff)) > 200:          # they are bytes in the cache, and colors in a target
-        raise UserError(f"{root} names {len(names)} categories of things and {len(stuff)} of stuff; 200 of each are the most")
+        raise UserError(f"{root} names {len(names)} kinds of things, {len(stuff)} of stuff; give at most 200")
     return sources, names, stuff
 
+def read_instances(file: Path, split: str, root: Path, within: Path, names: list, stuff: list, bad: list):
+    """The sources of one file of COCO; adds to names, stuff and bad."""
+    ending = re.sub("^(instances|boxes|_annotations.coco)", "", file.stem)        # _train2017, or nothing
+    data = read_json(file)
+    categories = index_names(entries(data, "categories", "id"), names)
+    images, things, captions, panoptic = {}, defaultdict(list), defaultdict(list), {}     # by id of the image
+    for i in entries(data, "images"):
+        key, name = i.get("id"), i.get("file_name")
+        with naming(bad, f"image {name!r:.80} (id {key!r:.40})"):
+            check(isinstance(key, int) and key not in images and isinstance(name, str),
+                  "id or name is missing, absurd or there twice")
+            images[key] = name, size_of(i)
+    if not categories or not entries(data, "images"):
+        raise UserError(f"{file} lists no categories or no images; is it a COCO instances file?")
+    seen = set()
+    for a in entries(data, "annotations"):
+        key = a.get("image_id")
+        with naming(bad, f"annotation {a.get('id')!r:.40}"):
+            check(isinstance(key, int) and key in images, f"unknown image {key!r:.40}")
+            things[key].append(checked(a, categories, seen))
+    for f in sorted(file.parent.glob(f"captions{ending}*.json")):
+        described = set(captions)                  # the first file that knows a picture describes it
+        for c in entries(read_json(f), "annotations", "image_id"):
+            if c["image_id"] not in described and isinstance(c.get("caption"), str):
+                captions[c["image_id"]].append(" ".join(re.findall(r"[\w',-]+", c["caption"][:400].lower())))
+    for f in sorted(file.parent.glob(f"panoptic{ending}*.json")):
+        data = read_json(f)
+        kinds = index_names([c for c in entries(data, "categories", "id") if not c.get("isthing")], stuff)
+        for p in entries(data, "annotations", "image_id"):
+            found = [s for s in entries(p, "segments_info", "id", "category_id") if s["category_id"] in kinds]
+            if isinstance(p.get("file_name"), str):
+                png = File(f.with_suffix("") / p["file_name"], within)
+                panoptic[p["image_id"]] = png, {s["id"]: 1 + kinds[s["category_id"]] for s in found}
+    tag, some = ending.removeprefix("_"), [name for name, _ in images.values()][:5]
+    folders = [root / tag, root / "images" / tag, file.parent / "images", file.parent, root / "images", root]
+    folder = next((f for f in folders if any(os.path.isfile(f / name) for name in some)), file.parent)
+    return [Source(name, split, File(folder / name, within), functools.partial(tuple, (size, things[key])),
+                   captions[key], panoptic.get(key)) for key, (name, size) in images.items()]
+
 def read_sam(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
-    """Photographs of SA-1B shards: pairs of sa_ID.jpg and sa_ID.json in a folder, in .tar files in it, or in one .tar, which
-    is read where it lies. Its masks have no classes: all are "object".
-    """
-    files: dict[str, object] = {}                                     # name → function that reads it
-
-    def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, lock: threading.Lock) -> bytes:
-        if not member.isreg() or member.size > LARGEST:
-            raise BadRecord("no plain file, or absurdly large")
-        with lock:
-            return archive.extractfile(member).read()
-    folder = root if root.is_dir() else root.parent
+    """Pairs of sa_ID.jpg and sa_ID.json in a folder, in .tar files in it, or in one .tar; without classes."""
+    def labels(file: File | None) -> tuple[tuple[int, int], list[Annotation]]:
+        check(file, "no annotations beside it")
+        data, seen = json.loads(file.read()), set()
+        found = [checked({**a, "category_id": 0}, {0: 0}, seen) for a in entries(data, "annotations")]
+        return size_of(data["image"]), found
+    files: dict[str, File] = {}
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if path.suffix in (".jpg", ".json"):
-            files[str(path.relative_to(folder))] = functools.partial(read_inside, path, within)
-        elif path.suffix == ".tar":
-            try:
-                archive, lock = tarfile.open(path, "r:"), threading.Lock()
-                for member in archive:
-                    if ".." in Path(member.name).parts or member.name.startswith("/"):
-                        bad.append(f"image {member.name!r:.80} in {path.name}: leads out of the archive")
-                    elif Path(member.name).suffix in (".jpg", ".json"):
-                        files[f"{path.name}/{member.name}"] = functools.partial(read_member, archive, member, lock)
-            except (tarfile.TarError, OSError, EOFError) as e:
-                raise UserError(f"cannot read {path} ({e.__class__.__name__}: {e}); fetch it again") from None
+        if path.name.endswith((".tar", ".tar.gz", ".tgz")):
+            files.update(tar_members(path, within, bad))
+        else:
+            files[str(path.relative_to(root)) if root.is_dir() else path.name] = File(path, within)
+    annotations = {name[:-5]: file for name, file in files.items() if name.lower().endswith(".json")}
+    sources = [Source(name, "", file, functools.partial(labels, annotations.get(os.path.splitext(name)[0])))
+               for name, file in sorted(files.items()) if name.lower().endswith((".jpg", ".jpeg"))]
+    if not sources:
+        raise UserError(f"{root} holds no pairs of .jpg and .json; name a folder or .tar of SA-1B")
+    return sources, ["object"], []
 
-    def load(picture: str):
-        about = files.get(picture[:-4] + ".json")
-        if about is None:
-            raise BadRecord("no annotations beside it")
-        data, seen = read_json(about(), "its annotation file"), set()
-        size = tuple(data["image"].get(k) for k in ("height", "width")) if isinstance(data.get("image"), dict) else ()
-        if not all(number(n, 1, 1e5) and n == int(n) for n in size) or len(size) < 2 or size[0] * size[1] > LARGEST:
-            raise BadRecord(f"annotated size {size!r:.60}")
-        found = [checked({**a, "category_id": 0}, {0: 0}, seen) for a in listed(data, "annotations")]
-        return files[picture](), size, found, {}
-    pictures = sorted(name for name in files if name.endswith(".jpg"))
-    if not pictures:
-        raise UserError(f"{root} holds no pairs of .jpg and .json; name a folder or .tar in the format of SA-1B")
-    return [Source(name, "", functools.partial(load, name), []) for name in pictures], ["object"], []
+def tar_members(path: Path, within: Path, bad: list[str]) -> dict[str, File]:
+    """Where pictures and annotations lie in a .tar, to be read in place."""
+    files = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                with naming(bad, f"image {member.name!r:.80} in {path.name}"):
+                    name, size, plain = member.name, member.size, member.isreg() and not member.issparse()
+                    check(not {"..", "/"} & set(Path(name).parts), "leads out of the archive")
+                    if name.lower().endswith((".jpg", ".jpeg", ".json")):
+                        check(plain and size <= LARGEST, "no plain file, or absurdly large")
+                        files[f"{path.name}/{name}"] = File(path, within, member.offset_data, size)
+    except Exception as e:                         # tarfile raises half a dozen kinds for damaged archives
+        raise UserError(f"{path} is no whole .tar without compression ({type(e).__name__}: {e})") from None
+    return files
 
-VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
-       "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
+       "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
 
 def read_voc(root: Path, within: Path, bad: list[str]) -> tuple[list[Source], list[str], list[str]]:
-    """Photographs of a PASCAL VOC folder: JPEGImages/ beside SegmentationClass/ (0 background, 1-20, 255 void) and, where
-    there, SegmentationObject/; or images/ beside semantic/, also under train/ and val/. Without instances a class is one
-    thing that is not counted.
+    """JPEGImages/ beside SegmentationClass/ (0 background, 1-20, 255 void) and maybe SegmentationObject/; or
+    images/ beside semantic/; also under train/ and val/.
     """
-    def load(picture: Path, classes: Path, instances: Path):
-        maps = [np.asarray(Image.open(io.BytesIO(read_inside(f, within)))) for f in (classes, instances) if f.exists()]
-        if not maps or any(m.ndim != 2 or m.shape != maps[0].shape for m in maps):
-            raise BadRecord("its masks are missing, no index maps or of different sizes")
-        kinds, parts = maps[0], maps[-1]
-        found = []
+    def labels(files: list[File]) -> tuple[tuple[int, int], list[Annotation]]:
+        maps = [np.asarray(Image.open(io.BytesIO(file.read()))) for file in files]
+        kinds, parts, found = maps[0], maps[-1], []
+        check(kinds.ndim == 2 and kinds.shape == parts.shape, "its masks are no index maps or differ in size")
         for part in np.unique(parts[(kinds > 0) & (parts > 0) & (parts < 255)]):
             kind = int(np.bincount(kinds[parts == part]).argmax())
-            if not 1 <= kind <= len(VOC):
-                raise BadRecord(f"class {kind} in a map of classes 0 to {len(VOC)} and 255")
+            check(1 <= kind <= len(VOC), f"class {kind} in a map of classes 0 to {len(VOC)} and 255")
             found.append(Annotation(kind - 1, parts == part, None, False))
-            found += [Annotation(kind - 1, parts == part, None, True)] * (len(maps) == 1)
-        return read_inside(picture, within), kinds.shape, found, {}
-    held = {name for f in root.glob("ImageSets/Segmentation/val.txt") for name in f.read_text().split()}
-    layouts, sources = (("JPEGImages", "SegmentationClass"), ("images", "semantic")), []
+            if len(maps) == 1:                     # of who knows how many: a crowd, too, is never counted
+                found.append(found[-1]._replace(crowd=True))
+        return kinds.shape, found
+    val, sources = root / "ImageSets/Segmentation/val.txt", []
+    held_out = set(val.read_text("utf-8-sig", errors="replace").split() if val.is_file() else [])
+    layouts = (("JPEGImages", "SegmentationClass"), ("images", "semantic"))
     for at, (photos, masks) in itertools.product((root, root / "train", root / "val"), layouts):
-        for f in sorted((at / masks).glob("*.png")):
-            split = at.name if at != root else "val" if f.stem in held else "train" if held else ""
-            files = at / photos / f"{f.stem}.jpg", f, at / "SegmentationObject" / f.name
-            sources.append(Source(str(f.relative_to(root)), split, functools.partial(load, *files), []))
+        for f in sorted((at / masks).glob("*.[pP][nN][gG]")):
+            listed = ("val" if f.stem in held_out else "train") if held_out else ""
+            maps = [File(path, within) for path in (f, at / "SegmentationObject" / f.name) if path.exists()]
+            photo = File(at / photos / f"{f.stem}.jpg", within)
+            split, name = listed if at == root else at.name, str(f.relative_to(root))
+            sources.append(Source(name, split, photo, functools.partial(labels, maps)))
     if not sources:
-        raise UserError(f"{root} holds no SegmentationClass/*.png, nor semantic/ beside images/; name a VOC folder")
+        raise UserError(f"{root} holds no SegmentationClass/*.png, nor semantic/*.png; name a VOC folder")
     return sources, VOC, []
 
-# --- the Hugging Face Hub: data sets come from it, finished runs go to it and come back ------------------------------
+# --- the Hugging Face Hub: data sets come from it, finished runs go to it and come back
 
 @contextlib.contextmanager
 def hub(task: str):
     """huggingface_hub, imported late, quiet and impatient; whatever goes wrong in it becomes one line."""
     import huggingface_hub as hf
     from huggingface_hub import errors, utils
-    utils.logging.set_verbosity(utils.logging.CRITICAL)                  # what matters comes as an exception
+    utils.logging.set_verbosity(utils.logging.CRITICAL)               # what matters comes as an exception
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
-    # most of its requests have no timeout and would wait for a silent server for ever; a large commit may take it a while
-    hf.get_session().event_hooks["request"].append(lambda request: request.extensions.update(timeout={
-        what: seconds or (10 if what == "connect" else 60) for what, seconds in request.extensions["timeout"].items()}))
+
+    def give_up(request):                          # or most requests wait for a silent server for ever
+        for what, seconds in request.extensions["timeout"].items():
+            request.extensions["timeout"][what] = seconds or (10 if what == "connect" else 60)
+    hf.get_session().event_hooks["request"].append(give_up)
     try:
         yield hf
     except UserError:
@@ -692,181 +693,191 @@ def hub(task: str):
         login, said = "log in with: hf auth login", f"{type(e).__name__}: {e}"
         if isinstance(e, errors.HfHubHTTPError):
             said = f"HTTP {e.response.status_code}, {e.server_message or 'no reason given'}"
-        raise UserError(f"{task}: " + next(line for kind, line in [
-            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and a copy in the cache does not suffice; unset it"),
-            (errors.GatedRepoError, f"it is gated; ask for access on its page and {login}"),
-            (errors.RepositoryNotFoundError, f"it is not there, or private; check the name, or {login}"),
-            (errors.RevisionNotFoundError, "it has no such revision; correct what follows the @, or leave it out"),
-            (errors.HfHubHTTPError, f"{said}; try later, or {login}"),
-            (errors.HFValidationError, f"{e}; give user/repo"),
-            (Exception, f"{said}; check the network and HF_ENDPOINT")] if isinstance(e, kind))) from None
+        advice = [(errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and the cache lacks it; unset it"),
+                  (errors.GatedRepoError, f"it is gated; ask for access on its page and {login}"),
+                  (errors.RepositoryNotFoundError, f"it is not there or private; check the name, or {login}"),
+                  (errors.RevisionNotFoundError, "it has no such revision; correct what follows the @"),
+                  (errors.HfHubHTTPError, f"{said}; try later, or {login}"),
+                  (errors.HFValidationError, f"{e}; give user/repo"),
+                  (Exception, f"{said}; check the network and HF_ENDPOINT")]
+        raise UserError(f"{task}: {next(line for kind, line in advice if isinstance(e, kind))}") from None
 
-HUB_NAME = re.compile(r"(?!runs/|.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")        # user/repo, user/repo@revision
+HUB_NAME = re.compile(r"(?!runs/|.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")     # user/repo, or user/repo@v1
 
 def on_hub(name: str) -> bool:
     """Whether a name is one on the Hugging Face Hub; where there is a folder `user`, user/repo is a path."""
     return bool(HUB_NAME.fullmatch(name)) and not Path(name.split("/")[0]).exists()
 
 def pull(name: str, kind: str) -> Path:
-    """The folder of a "model" (a run) or "dataset" on the Hub: up to date, or what the cache has if the Hub is out of reach."""
+    """The folder of a "model" (a run) or "dataset": the newest, or what is cached if the Hub is away."""
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name on the Hub; give user/repo or user/repo@revision")
     repo, _, revision = name.partition("@")
-    stages = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *PROXIES)]   # and not the gigabytes of some other model
+    weights = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *PROXIES)]
+    wanted = [*weights, "config.json", "report.*", "log.jsonl", "samples/*"]          # of a run
     with hub(f"cannot get the {kind} {name} from the Hub") as hf:
-        return Path(hf.snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=None if kind == "dataset"
-                                         else ["config.json", "report.*", "log.jsonl", "samples/*", *stages]))
+        return Path(hf.snapshot_download(repo, repo_type=kind, revision=revision or None,
+                                         allow_patterns=wanted if kind == "model" else None))
 
 # --- the cache: every photograph decoded and resized once
 
+FORMAT = 2                            # of the cache; raise it when its meaning changes
+USES = ["look", "questions", "captions", "masks"]
+
 class Photographs:
-    """A data set as memory-mapped arrays: images (n, P, P, 3), maps (n, 3, P, P) uint8 of instances (0, or 1 + the number
-    of the object), categories and stuff (0, or 1 + its index), objects (m, 6): category, x, y, radius, may it be asked about,
-    is it in the instance map. `first[i]` is the first object of photograph i.
+    """A data set, memory-mapped: images (n, P, P, 3); maps (n, 3, P, P) of instances (0, or 1 + number of the
+    object), categories and stuff (0, or 1 + index); objects (m, 6): category, x, y, radius, may it be asked
+    about, is it in the instance map; first[i] is the first of photograph i.
     """
     def __init__(self, folder: Path):
+        names = ("images", "maps", "objects", "first", "split", "fit")
         self.images, self.maps, self.objects, self.first, self.split, self.fit = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "maps", "objects", "first", "split", "fit"))
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
         about = json.loads((folder / "about.json").read_text())
         self.names, self.stuff, self.captions = about["names"], about["stuff"], about["captions"]
         self.records, self.bad, self.folder = about["records"], about["bad"], folder
 
     def pool(self, split: str, use: str) -> np.ndarray:
-        """Numbers of the photographs that fit a use: "look", "questions", "captions" or "masks"."""
-        found = np.flatnonzero(self.fit[:, USES.index(use)] & (self.split == (split in ("val", "grid"))))
+        """Numbers of the photographs that fit one of the USES."""
+        held_out = split in ("val", "grid")
+        found = np.flatnonzero(self.fit[:, USES.index(use)] & (self.split == held_out))
         if not len(found):
-            raise UserError(f"no {'validation' if split in ('val', 'grid') else 'training'} photograph has what {use} need; "
+            raise UserError(f"no {'validation' if held_out else 'training'} photograph has what {use} need; "
                             "give more, or other, annotated data")
         return found
 
     def complain(self, tolerate: float) -> str:
-        """What was skipped, in one line; an error where that is more than `tolerate` percent of the records of a kind."""
-        kinds = {kind: [line for line in self.bad if line.startswith(kind)] for kind in self.records}
-        shares = {kind: 100 * len(lines) / max(1, self.records[kind]) for kind, lines in kinds.items()}
-        said = ", ".join(f"{len(lines)} of {self.records[kind]} {kind}s" for kind, lines in kinds.items() if lines)
-        worst = max(shares, key=shares.get)
-        if shares[worst] > tolerate:
-            raise UserError(f"{said} cannot be used, more than {tolerate:g} %: {'; '.join(kinds[worst][:3])}; all are in "
-                            f"{self.folder / 'bad_records.txt'}; mend them, or go on without them with --tolerate "
-                            f"{math.ceil(shares[worst])}")
+        """What was skipped, in a line; an error where it is over `tolerate` percent of a kind of records."""
+        skipped, worst, examples = [], 0.0, []
+        for kind, total in self.records.items():
+            lines = [line for line in self.bad if line.startswith(kind)]
+            if lines:
+                skipped.append(f"{len(lines)} of {total} {kind}s")
+                worst, examples = max((worst, examples), (100 * len(lines) / total, lines[:3]))
+        said, file, few = ", ".join(skipped), self.folder / "bad_records.txt", "; ".join(examples)
+        if worst > tolerate:
+            raise UserError(f"{said} cannot be used, more than {tolerate:g} %: {few}; all are in {file}; "
+                            f"mend them, or go on without them with --tolerate {math.ceil(worst)}")
         return f"skipped {said}; named in bad_records.txt" if said else ""
 
-USES = ["look", "questions", "captions", "masks"]
-
-def digest(source: Source, P: int, most: int, bad: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[bool]] | None:
-    """Decode one photograph and its annotations: image (P, P, 3), maps (3, P, P), objects (k, 6), and for each use whether
-    it is fit for that. None if it cannot be used at all.
-    """
-    try:
-        data, (h, w), annotations, panoptic = source.load()
-        picture = upright(io.BytesIO(data), (w, h))
-        if picture.size != (w, h):
-            raise BadRecord(f"has {picture.size[0]} × {picture.size[1]} pixels, annotated as {w} × {h}")
-    except Exception as e:                         # Pillow raises a dozen kinds of errors for damaged files
-        bad.append(f"image {source.name!r:.80}: {why(e)}")
+def digest(source: Source, P: int, most: int, bad: list[str]) -> tuple | None:
+    """One photograph: image (P, P, 3), maps (3, P, P), objects (k, 6), fit for which USES; or None."""
+    image = None
+    with naming(bad, f"image {source.name!r:.80}"):
+        (h, w), annotations = source.labels()
+        picture = upright(io.BytesIO(source.picture.read()), (w, h))
+        check(picture.size == (w, h), "has {} × {} pixels, annotated as {} × {}".format(*picture.size, w, h))
+        image = squeeze(picture, P)
+    if image is None:
         return None
-    maps, objects, whole = np.zeros((3, P, P), np.uint8), [], True
-    for nth, a in enumerate(annotations, 1):
-        mask, x, y, area, visible = None, 0.0, 0.0, 0.0, not (a.bad or a.crowd)
-        try:
-            if a.bad:
-                raise BadRecord(a.bad)
-            if a.segmentation is None:                                # a box only: something to ask about, nothing to cut out
-                x, y, area = a.box[0] + a.box[2] / 2, a.box[1] + a.box[3] / 2, a.box[2] * a.box[3]
-                x, y, area, whole = x * P / w, y * P / h, area * P * P / (h * w), False
+    objects = []
+    for nth, a in enumerate(annotations, 1):       # what a bad one names is there, though nobody knows where
+        mask, x, y, area, visible = None, 0.0, 0.0, 0.0, False
+        with naming(bad, f"annotation {nth} of {source.name!r:.80}"):
+            check(not a.bad, a.bad)
+            if a.segmentation is None:             # a box only: something to ask about, nothing to cut out
+                left, top, width, height = a.box
+                x, y, area = left + width / 2, top + height / 2, width * height
+                x, y, area = x * P / w, y * P / h, area * P * P / (h * w)
             else:
-                mask = squeeze(Image.fromarray(decode_mask(a.segmentation, h, w).astype(np.uint8) * 255), P) > 127
-                rows, columns, area = *(np.flatnonzero(mask.any(i)) for i in (1, 0)), float(mask.sum())
+                mask = squeeze(Image.fromarray(np.uint8(decode_mask(a.segmentation, h, w)) * 255), P) > 127
+                rows, columns = np.nonzero(mask)
+                area = float(len(rows))
                 if area:
-                    x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
-        except BadRecord as e:                     # what it names is there all the same: nobody may say that it is not
-            bad.append(f"annotation {nth} of {source.name!r:.80}: {e}")
-            visible, whole = False, False
-        visible = visible and area >= P * P / 256 and 0 <= x <= P >= y >= 0                       # below are specks
-        radius, painted = math.sqrt(area / math.pi), visible and mask is not None
-        objects.append(((a.category, x, y, radius, visible, painted), mask, a.crowd))
-    objects.sort(key=lambda o: (not o[0][5], -o[0][3]))               # masks first, large ones first: small ones on top
-    for about, mask, _ in sorted(objects, key=lambda o: not o[2]):    # crowds below everything
-        if mask is not None:
-            maps[1][mask] = 1 + about[0]
+                    x, y = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
+            visible = not a.crowd and area >= P * P / 256 and 0 <= x <= P >= y >= 0   # below: specks
+        about = a.category, x, y, math.sqrt(area / math.pi), visible, visible and mask is not None
+        objects.append((about, mask, a.crowd))
+    objects.sort(key=lambda o: (not o[0][5], -o[0][3]))               # masks first, large ones first
+    maps = np.zeros((3, P, P), np.uint8)
     table = np.array([about for about, *_ in objects], np.float32).reshape(-1, 6)
     table[most:, 5] = 0
-    for i, (_, mask, _) in enumerate(objects[:most]):
+    for i, (about, mask, _) in sorted(enumerate(objects), key=lambda o: not o[1][2]):   # crowds at the bottom
+        if mask is not None:
+            maps[1][mask] = 1 + about[0]
         if table[i, 5]:
-            maps[0][mask] = i + 1
-    if panoptic:
-        try:
-            with Image.open(io.BytesIO(read_inside(panoptic["path"], panoptic["within"]))) as png:
-                if png.size != (w, h):
-                    raise ValueError(f"{png.size[0]} × {png.size[1]} pixels")
-                ids = np.asarray(png.convert("RGB"), np.int64) @ (1, 256, 65536)                  # (h, w)
-            stuff = np.zeros((h, w), np.uint8)
-            for segment, kind in panoptic["segments"].items():
+            maps[0][mask] = 1 + i
+    if source.panoptic:
+        with naming(bad, f"panoptic {source.name!r:.80}"):
+            file, segments = source.panoptic
+            png, stuff = Image.open(io.BytesIO(file.read())), np.zeros((h, w), np.uint8)
+            check(png.size == (w, h), f"{png.size[0]} × {png.size[1]} pixels")
+            ids = np.asarray(png.convert("RGB"), np.int64) @ (1, 256, 65536)      # (h, w)
+            for segment, kind in segments.items():
                 stuff[ids == segment] = kind
             maps[2] = np.asarray(Image.fromarray(stuff).resize((P, P), Image.Resampling.NEAREST))
-        except Exception as e:                     # a damaged picture again
-            bad.append(f"panoptic {source.name!r:.80}: {why(e)}")
-    asked = bool(table[:, 4].any())
-    return squeeze(picture, P), maps, table, [True, asked, asked or bool(source.captions), whole and bool(table[:, 5].any())]
+    asked, whole = table[:, 4].any(), all(mask is not None for _, mask, _ in objects)
+    return image, maps, table, [True, asked, asked or bool(source.captions), whole and table[:, 5].any()]
 
 def build_cache(target: Path, found: tuple, P: int, most: int, bad: list[str]) -> None:
-    """Write the arrays of a data set to a new folder and rename that: half a cache is never seen, the first of two wins."""
-    (sources, names, stuff), pool = found, ThreadPoolExecutor(os.cpu_count())
-    temporary = target.with_name(f"{target.name}.{os.getpid()}")
+    """Write to a new folder and rename it: nobody sees half a cache, and the first of two runs wins."""
+    (sources, names, stuff), tables, fit, kept = found, [], [], []
     records = Counter(line.split()[0] for line in bad) + Counter(image=len(sources), panoptic=len(sources))
-    try:
-        temporary.mkdir(parents=True)
-        create = lambda name, *shape: np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", np.uint8, (len(sources), *shape))
-        images, maps, tables, fit, kept = create("images", P, P, 3), create("maps", 3, P, P), [], [], []
-        read = pool.map(lambda source: digest(source, P, most, bad), sources)
-        for source, result in zip(sources, tqdm(read, "reading pictures", len(sources), mininterval=1.0, dynamic_ncols=True)):
-            if result:
-                images[len(kept)], maps[len(kept)], table, uses = result
-                tables.append(table), fit.append(uses), kept.append(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(target.parent).free < (needed := 6 * P * P * len(sources)):
+        raise OSError(f"{needed / 1e9:.3g} GB do not fit")            # to find out while writing is a SIGBUS
+    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as temporary:
+        folder, pool = Path(temporary) / "cache", ThreadPoolExecutor(os.cpu_count())
+        folder.mkdir()
+        create, n = np.lib.format.open_memmap, len(sources)
+        images = create(folder / "images.npy", "w+", np.uint8, (n, P, P, 3))
+        maps = create(folder / "maps.npy", "w+", np.uint8, (n, 3, P, P))
+        try:
+            read = pool.map(lambda source: digest(source, P, most, bad), sources)
+            read = tqdm(read, "reading pictures", n, mininterval=1.0, dynamic_ncols=True)
+            for source, result in zip(sources, read):
+                if result:
+                    images[len(kept)], maps[len(kept)], table, uses = result
+                    tables.append(table), fit.append(uses), kept.append(source)
+        finally:
+            pool.shutdown(cancel_futures=True)     # or Ctrl-C would wait for all pictures
         if not kept:
-            raise UserError(f"none of the {len(sources)} pictures can be used: {'; '.join(bad[:3])}")
-        held_out = [s.split == "val" if s.split else hashlib.sha256(s.name.encode()).digest()[0] < 26 for s in kept]    # 10 %
+            raise UserError(f"none of the {n} pictures can be used: {'; '.join(bad[:3])}")
+        tenth = lambda name: hashlib.sha256(os.fsencode(name)).digest()[0] < 26
+        held_out = [s.split == "val" if s.split else tenth(s.name) for s in kept]
         held_out[-1] |= not any(held_out)
-        arrays = {"objects": np.concatenate(tables), "first": np.cumsum([0, *map(len, tables)]), "split": held_out, "fit": fit}
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
+        np.save(folder / "objects.npy", np.concatenate(tables))
+        np.save(folder / "first.npy", np.cumsum([0, *map(len, tables)]))
+        np.save(folder / "split.npy", held_out)
+        np.save(folder / "fit.npy", fit)
         about = {"names": names, "stuff": stuff, "captions": [s.captions for s in kept], "bad": bad,
                  "records": records + Counter(annotation=sum(map(len, tables)))}
-        (temporary / "about.json").write_text(json.dumps(about))
-        (temporary / "bad_records.txt").write_text("".join(f"{line!r}\n" for line in bad))
+        (folder / "about.json").write_text(json.dumps(about))
+        (folder / "bad_records.txt").write_text("".join(f"{line!r}\n" for line in bad), "utf-8")
         with contextlib.suppress(OSError):         # somebody else was faster
-            temporary.rename(target)
-    finally:
-        pool.shutdown(cancel_futures=True)         # or Ctrl-C would wait for all pictures
-        shutil.rmtree(temporary, ignore_errors=True)
+            folder.rename(target)
 
 @functools.lru_cache(4)
 def photographs(data: str, P: int, most: int) -> Photographs:
-    """The data set coco:DIR, voc:DIR, sam:PATH or hf:USER/NAME with pictures of P pixels a side and up to `most` instances.
-
-    The cache lies in $SGT_CACHE or ~/.cache/sgt, under a key of all names, sizes and times of the files and of these settings.
+    """coco:DIR, voc:DIR, sam:PATH or hf:USER/NAME at P × P pixels, up to `most` instances. The cache lies in
+    $SGT_CACHE or ~/.cache/sgt, under a key of names, sizes and times of all files and of these settings.
     """
     scheme, _, where = data.partition(":")
-    root = (pull(where, "dataset") if scheme == "hf" else Path(where).expanduser()).resolve()
+    root = Path(os.path.realpath(pull(where, "dataset") if scheme == "hf" else os.path.expanduser(where)))
     if not root.exists():
         raise UserError(f"there is no {root}; name data that is there, for example --data coco:path/to/coco")
     files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
     listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((FORMAT, scheme, P, most, listing)).encode()).hexdigest()[:24]
-    target = Path(os.environ.get("SGT_CACHE") or Path.home() / ".cache" / "sgt") / key
+    target = Path(os.environ.get("SGT_CACHE") or os.path.expanduser("~/.cache/sgt")) / key
     if not (target / "about.json").exists():
-        within, bad = root.parents[1] if scheme == "hf" else root if root.is_dir() else root.parent, []
-        if scheme == "hf":                         # whichever of the two layouts it has
-            scheme = "sam" if any(f.suffix == ".tar" or f.match("sa_*.json") for f in files) else "coco"
+        within, bad = root if root.is_dir() else root.parent, []
+        if scheme == "hf":                         # in either layout; the files are links to ../../blobs
+            within, shards = root.parents[1], [f for f in files if f.suffix == ".tar" or f.match("sa_*.json")]
+            scheme = "sam" if shards else "coco"
         found = {"coco": read_coco, "voc": read_voc, "sam": read_sam}[scheme](root, within, bad)
-        build_cache(target, found, P, most, bad)
-    return Photographs(target)
-
-FORMAT = 1                            # of the cache; raise it when its meaning changes
+        try:
+            build_cache(target, found, P, most, bad)
+        except OSError as e:
+            raise UserError(f"cannot write the cache {target.parent} ({e}); set SGT_CACHE") from None
+    try:
+        return Photographs(target)
+    except (OSError, EOFError, ValueError, KeyError) as e:
+        raise UserError(f"the cache {target} is damaged ({type(e).__name__}); remove that folder") from None
 
 @dataclass
 class Photos:
-    """A batch of photographs with what `Scenes` has that makes sense for them; things on top come last, masks first."""
+    """A batch of photographs with what `Scenes` has that makes sense for them; large masks come first."""
     count: np.ndarray                 # (B,) things annotated
     painted: np.ndarray               # (B, M) whether a thing is in the instance map
     asked: np.ndarray                 # (B, M) whether it may be asked about: no crowd, no speck
@@ -886,34 +897,31 @@ class Photos:
         return len(self.count)
 
 def sample_photos(cfg: Config, split: str, index: np.ndarray, use: str) -> Photos:
-    """Photographs number `index` of a split, of those that fit a use: drawn at random and mirrored at random in training,
-    one after the other in validation.
-    """
+    """Photographs that fit a use: drawn and mirrored at random in training, in turn in validation."""
     data, training = photographs(cfg.data, cfg.image_size, cfg.max_objects), split not in ("val", "grid")
     pool, u = data.pool(split, use), uniforms(cfg.seed, split, index, 16)
     which = pool[(u[:, 0] * len(pool)).astype(np.int64) if training else np.asarray(index) % len(pool)]
     flip = (u[:, 1] < 0.5) & (training and use != "captions")         # captions know left from right
     count = data.first[which + 1] - data.first[which]
-    table = np.zeros((len(which), max(1, count.max()), 6), np.float32)                            # (B, M, 6)
+    table = np.zeros((len(which), max(1, count.max()), 6), np.float32)                          # (B, M, 6)
     for b, i in enumerate(which):
         table[b, :count[b]] = data.objects[data.first[i]:data.first[i + 1]]
     category, x, y, radius, asked, painted = table.transpose(2, 0, 1)
-    x, size = np.where(flip[:, None], cfg.image_size - x, x), (radius > 0.14 * cfg.image_size).astype(np.int64)
-    return Photos(count, painted > 0, asked > 0, category.astype(np.int64), np.zeros(category.shape, np.int64), size, x, y,
-                  radius, u[:, 8:], which, flip, data)
+    x, size = np.where(flip[:, None], cfg.image_size - x, x), radius > 0.14 * cfg.image_size
+    category, size = category.astype(np.int64), size.astype(np.int64)
+    return Photos(count, painted > 0, asked > 0, category, np.zeros_like(category), size, x, y, radius,
+                  u[:, 8:], which, flip, data)
 
 def show_photos(photos: Photos) -> Rendered:
-    step = np.where(photos.flip, -1, 1)            # (B,) the way to go through the columns
-    image = np.stack([photos.data.images[i, :, ::way] for i, way in zip(photos.which, step)])     # (B, P, P, 3)
-    maps = np.stack([photos.data.maps[i, :, :, ::way] for i, way in zip(photos.which, step)])     # (B, 3, P, P)
-    instance, category, stuff = torch.from_numpy(maps).unbind(1)                           # (B, P, P) each, bytes
+    data, ways = photos.data, np.where(photos.flip, -1, 1)            # (B,) the way to go through the columns
+    image = np.stack([data.images[i, :, ::way] for i, way in zip(photos.which, ways)])          # (B, P, P, 3)
+    maps = np.stack([data.maps[i, :, :, ::way] for i, way in zip(photos.which, ways)])          # (B, 3, P, P)
+    instance, category, stuff = torch.from_numpy(maps).unbind(1)      # (B, P, P) each, bytes
     image = torch.from_numpy(image).permute(0, 3, 1, 2).float().div_(255)
     return Rendered(image, instance, category, torch.zeros(()).expand(instance.shape), stuff)
 
 def sample(cfg: Config, split: str, index: np.ndarray, use: str = "questions") -> Scenes | Photos:
-    """Pictures number `index` of a split, fit for a use (see USES): scenes to be described have all objects apart, because
-    captions say nothing of what hides what.
-    """
+    """Pictures number `index` of a split, fit for a use. Captions tell no overlap: scenes without any."""
     if cfg.data != "scenes":
         return sample_photos(cfg, split, index, use)
     return sample_scenes(cfg, split, index, 0.0 if use == "captions" else 0.5)

@@ -5,6 +5,7 @@ Names are sentences; each docstring names the bug that the test would catch.
 import base64
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
@@ -12,12 +13,14 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import types
 import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -1455,6 +1458,77 @@ def test_a_voc_folder_gives_classes_and_instances_and_void_is_neither(cached):
     assert [o.shape for o in sgt.things(photos, 0)] == ["dog", "person", "person"] and data.split.sum() == 2
     assert sgt.render(cfg, photos).instance[0, 13].sum() == 0 and sgt.render(cfg, photos).category[0, 6, 6] == 15
     assert len(data.bad) == 1 and "class 24" in data.bad[0]
+
+def test_names_that_are_missing_or_odd_are_skipped_or_read_and_never_end_the_run(cached):
+    """A class called "none"; a missing class taken for class 0; a name that is not UTF-8; .JPG left out without a word."""
+    def change(data):
+        data["categories"][0].update(name=None), data["categories"].append({"id": 0, "name": "zebra"})
+        data["annotations"][1].pop("category_id")                     # of a cat
+    data, _ = opened(write_coco(cached / "coco", change=change))
+    assert data.names == ["cat", "zebra", "dog"] and len(data.bad) == 9
+    assert sum("unknown category 7" in line for line in data.bad) == 8 and "annotation 11: unknown category None" in data.bad
+    def rename(data):
+        data["images"][0]["file_name"] = "\udcff.jpg"
+    folder = write_coco(cached / "odd", change=rename)
+    (folder / "train2017/000000000001.jpg").rename(folder / "train2017/\udcff.jpg")
+    (folder / "annotations/instances_val2017.json").unlink()
+    assert not opened(folder)[0].bad
+    with tarfile.open(cached / "shard.tar", "w") as out:
+        for suffix, content in ((".JPG", (cached / "coco/train2017/000000000001.jpg").read_bytes()),
+                                (".json", b'{"image": {"height": 32, "width": 48}, "annotations": []}')):
+            info = tarfile.TarInfo("sa_\udcff" + suffix)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    assert len(opened(cached / "shard.tar", scheme="sam")[0].split) == 1
+
+def test_a_broken_list_of_the_held_out_is_read_as_far_as_it_goes(cached):
+    """A traceback for one byte that is not UTF-8; a byte order mark taken for a part of the first name."""
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (cached / "voc" / name).mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(cached / f"voc/JPEGImages/{i}.jpg")
+        Image.new("L", (32, 32), 1).save(cached / f"voc/SegmentationClass/{i}.png")
+    (cached / "voc/ImageSets/Segmentation/val.txt").write_bytes(b"\xef\xbb\xbf1\n\xff\n")
+    assert opened(cached / "voc", scheme="voc")[0].split.tolist() == [False, True, False]
+
+def test_a_place_that_cannot_be_read_is_one_line(cached, capsys):
+    """A traceback: a loop of links, nobody's home, an archive that is compressed, empty or nested without end."""
+    (cached / "loop").symlink_to(cached / "loop")
+    plain = write_tar(cached / "plain.tar", write_coco(cached / "coco")).read_bytes()
+    (cached / "gz.tar.gz").write_bytes(gzip.compress(plain)), (cached / "gz.tar").write_bytes(gzip.compress(plain))
+    (cached / "empty.tar").write_bytes(b"")
+    link = tarfile.TarInfo("././@LongLink")
+    link.type = tarfile.GNUTYPE_LONGNAME
+    (cached / "deep.tar").write_bytes(link.tobuf(tarfile.GNU_FORMAT) * 3000)
+    (cached / "shards").mkdir()
+    (cached / "shards/a.tar").write_bytes(plain), (cached / "shards/b.tar.gz").write_bytes(gzip.compress(plain))
+    for data, says in ((f"coco:{cached / 'loop'}", "there is no"), ("coco:~nobody-of-that-name/x", "there is no"),
+                       *((f"sam:{cached / name}", "no whole .tar") for name in ("gz.tar.gz", "gz.tar", "empty.tar", "deep.tar", "shards"))):
+        assert sgt.main(["--train", "--preset", "smoke", "--row-len", "96", "--data", data]) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and says in line
+
+def test_a_cache_that_cannot_be_used_is_one_line_and_nobody_elses_is_touched(cached, monkeypatch):
+    """A full disk that ends the interpreter (SIGBUS); a traceback for what a power cut left; a run of another container,
+    with the same process id, whose half-written cache is removed."""
+    folder = write_coco(cached / "coco")
+    first = opened(folder)[0].folder
+    other = first.with_name(f"{first.name}.{os.getpid()}")
+    other.mkdir()
+    for name, content in (("maps.npy", b""), ("about.json", b""), ("about.json", None)):
+        (first / name).unlink() if content is None else (first / name).write_bytes(content)
+        sgt.photographs.cache_clear()
+        with pytest.raises(sgt.UserError, match="is damaged.*remove"):
+            opened(folder)
+        assert other.exists()
+    sgt.photographs.cache_clear()
+    shutil.rmtree(first)
+    monkeypatch.setattr(sgt.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(sgt.UserError, match="cannot write the cache .* do not fit"):
+        opened(folder)
+    monkeypatch.setenv("SGT_CACHE", str(folder / "annotations/instances_train2017.json"))
+    with pytest.raises(sgt.UserError, match="cannot write the cache .*SGT_CACHE"):
+        opened(folder)
 
 def test_photographs_train_from_the_command_line_and_mistakes_get_one_line(cached, monkeypatch, capsys):
     """A stage, proxy or report that works on scenes only; a data error as a traceback, or after something was written."""
