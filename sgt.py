@@ -6,24 +6,26 @@
     python sgt.py --segment picture.png
     python sgt.py --push user/repo                         # publish it; then --run user/repo uses it anywhere
 
-One transformer reads image patches and text, and writes text and image tokens. After it has learned to understand and
-to generate, copies of it are post-trained: one with replay only (the SFT control), others also draw a *proxy target* of
-the image they look at, such as its instance segmentation. The image enters only as understanding patches, so the dense
-loss of the drawing flows into the features that answer questions (arXiv 2605.18714).
+One transformer reads image patches and text, and writes text and image tokens. After it has learned to
+understand and to generate, copies of it are post-trained: one with replay only (the SFT control), others also
+draw a *proxy target* of the image they look at, such as its instance segmentation. The image enters only as
+understanding patches, so the dense loss of the drawing flows into the features that answer questions
+(arXiv 2605.18714).
 
-    1. Config        one flat dataclass is the command line         7. Model       one transformer, two heads
-    2. Scenes        the data set: endless, rendered, exact         8. Batches     documents packed into rows
-    3. Photographs   COCO, VOC, SA-1B, the Hub, a cache             9. Sampling    answers and pictures
-    4. Language      words, captions, questions                    10. Training    one loop, the run folder
-    5. Proxies       one table: name → target image                11. Commands    train, generate, ask, segment, push
+    1. Config        one flat dataclass is the command line       7. Model      one transformer, two heads
+    2. Scenes        the data set: endless, rendered, exact       8. Batches    documents packed into rows
+    3. Photographs   COCO, VOC, SA-1B, the Hub, a cache           9. Sampling   answers and pictures
+    4. Language      words, captions, questions                  10. Training   one loop, the run folder
+    5. Proxies       one table: name → target image              11. Commands   train, generate, ask, push, …
     6. Tokenizer     image ↔ ids, finite scalar quantization
 
-To add a proxy, add a line to PROXIES (5), with prompts of six words of the LEXICON (4). To add a question kind, add a
-function to QUESTIONS (4). For a data set in another format add a reader beside `read_coco` (3). To try another head, change
-`image_head` and `image_logits` (7), its loss in `losses` (8), and the guidance in `refine` (9), which needs a linear one.
+To add a proxy, add a line to PROXIES (5), with prompts of six words of the LEXICON (4). To add a question kind,
+add a function to QUESTIONS (4). For a data set in another format add a reader beside `read_coco` (3). To try
+another head, change `image_head` and `image_logits` (7), its loss in `losses` (8), and the guidance in `refine`
+(9), which needs a linear one.
 
-Letters in shape comments: B batch, S sequence, T text, N image tokens (a grid of G × G), D width, H heads, K codebook,
-C channels, M objects, P pixels a side, U understanding patches.
+Letters in shape comments: B batch, S sequence, T text, N image tokens (a grid of G × G), D width, H heads,
+K codebook, C channels, M objects, P pixels a side, U understanding patches.
 """
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import (GraphedStep, KVCache, Layout, Optimizer, attention, average_gradients, compiled, compute_dtype, records,
-                     write_document)
+from kernels import (GraphedStep, KVCache, Layout, Optimizer, attention, average_gradients, compiled,
+                     compute_dtype, records, write_document)
 
 class UserError(Exception):
     """A mistake of the person at the keyboard: printed as one line, exit code 2."""
@@ -75,14 +77,14 @@ class Config:
     """Every setting of a run. The comment behind a field is its --help text; presets are dicts over it."""
     seed: int = 0                     # everything random derives from (seed, step)
     # the data
-    data: str = "scenes"              # scenes (rendered), or photographs: coco:DIR, voc:DIR, sam:DIR_OR_TAR, hf:USER/DATASET
+    data: str = "scenes"              # scenes, or photos: coco:DIR, voc:DIR, sam:DIR_OR_TAR, hf:USER/DATASET
     tolerate: float = 1.0             # photographs: percent of bad records to skip; more stop the run
     categories: str = ""              # photographs: names of what is annotated; found in the data
     words: str = ""                   # photographs: words beside the built-in ones; found in the data
     image_size: int = 32              # pixels a side
     shapes: int = 6                   # how many of the 8 shapes appear
     colors: int = 6                   # how many of the 8 colors appear
-    max_objects: int = 4              # objects in a scene: 1 to this many; of a photograph: instances painted, largest first
+    max_objects: int = 4              # most objects in a scene; of a photograph the largest that are painted
     lattice: int = 8                  # object centres lie on multiples of this many pixels; 0 = anywhere
     texture: float = 0.05             # share of scenes with a textured background and of objects with stripes
     # the vision tokenizer
@@ -109,9 +111,9 @@ class Config:
     arm_vqa: int = 16                 # arms: understanding dialogues a step (replay, the same in every arm)
     arm_t2i: int = 16                 # arms: captioned images a step (replay, the same in every arm)
     ratio: float = 2.0                # arms: proxy samples for every understanding dialogue (the paper: 2)
-    arm_scenes: int = 0               # arms: how many different scenes the proxy draws; 0 = new ones in every step
+    arm_scenes: int = 0               # arms: how many different scenes the proxy draws; 0 = always new ones
     proxies: str = "none,instance"    # post-training arms, or "all"; "none" is the SFT control
-    schedule: str = "mixed"  # mixed: proxy and replay in every step; sequential: arm_steps of the proxy, then of replay
+    schedule: str = "mixed"           # mixed: proxy and replay in every step; sequential: first proxy alone
     text_weight: float = 1.5          # weight of the text loss (the paper's)
     image_weight: float = 1.0         # weight of each image loss (the paper's)
     condition_drop: float = 0.1       # share of captions dropped, for guidance
@@ -122,14 +124,14 @@ class Config:
     sample_steps: int = 12            # parallel refinement steps of one image
     guidance: float = 2.0             # guidance scale of generation; 1 = conditional only
     token_temperature: float = 0.8    # randomness of the tokens that are drawn
-    temperature: float = 6.0          # randomness in the order of unmasking, annealed to zero; 0 = no randomness at all
+    temperature: float = 6.0          # randomness in the order of unmasking, annealed; 0 = none anywhere
     # evaluation and bookkeeping
     eval_questions: int = 3000        # questions asked after training, spread evenly over the kinds
     eval_prompts: int = 240           # pictures drawn after training, spread evenly over the kinds
     eval_masks: int = 100             # scenes segmented after training
     sample_every: int = 500           # steps between sample grids
     save_every: int = 300             # steps between checkpoints
-    compile: bool = True           # compile the transformer block; --no-compile starts sooner and runs slower
+    compile: bool = True              # compile the transformer block; without it a run starts sooner, is slower
     device: str = "auto"              # auto, cpu, cuda or mps
     threads: int = 0                  # CPU threads; 0 = all
 
@@ -138,12 +140,16 @@ class Config:
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
     codebook = property(lambda self: math.prod(self.levels))                                      # K
     arms = property(lambda self: proxies_of(self) if self.proxies == "all" else self.proxies.split(","))
-    shape_names = property(lambda self: SHAPE_NAMES[:self.shapes] if self.data == "scenes" else self.categories.split(","))
-    color_names = property(lambda self: COLOR_NAMES[:self.colors] if self.data == "scenes" else [""])
-    text = property(lambda self: text_of(self.words))                                             # the vocabulary
+    photos = property(lambda self: self.data != "scenes")
+    @property
+    def shape_names(self) -> list[str]:
+        return self.categories.split(",") if self.photos else SHAPE_NAMES[:self.shapes]
+    color_names = property(lambda self: [""] if self.photos else COLOR_NAMES[:self.colors])
+    text = property(lambda self: text_of(self.words))                                             # its words
     see_grid = property(lambda self: self.image_size // self.see_patch)
     patches = property(lambda self: self.see_grid ** 2)                                           # U
-    image_slot = property(lambda self: 1 + self.patches)          # learned positions: none, patches, image tokens, text
+    # learned positions: none, patches, image tokens, text
+    image_slot = property(lambda self: 1 + self.patches)
     text_slot = property(lambda self: 1 + self.patches + self.tokens)
 
     def validate(self) -> None:
@@ -155,39 +161,48 @@ class Config:
                 raise UserError(f"{field.name}={value!r:.60} is no {field.type}; give one")
             if type(value) in (int, float) and not low <= value <= high:                              # NaN too
                 raise UserError(f"{field.name}={value!r:.60} is out of range; give {low:g} to {high:g}")
-        size, patch, photos = self.image_size, self.patch, self.data != "scenes"
-        if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) or min(self.levels) < 2 or self.codebook > 65536:
-            raise UserError(f"fsq_levels={self.fsq_levels!r:.60} is no list of levels above 1 with a product up to 65536; "
-                            "try 8,5,5,5")
-        longest = max(self.tokens + self.prompt_len, self.patches + (10 if photos else 6) + self.tokens, self.patches + 64)
-        weights = (self.width * (12 * self.width * self.depth + 24 * self.see_patch ** 2 + self.row_len + self.tokens)
-                   + self.tok_width * (12 * self.tok_width * self.tok_depth + 12 * (self.tok_reach * patch) ** 2))
+        size, patch = self.image_size, self.patch
+        if (not re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.fsq_levels) or min(self.levels) < 2
+                or self.codebook > 65536):
+            raise UserError(f"fsq_levels={self.fsq_levels!r:.60} is no list of levels above 1 with a product "
+                            "up to 65536; try 8,5,5,5")
+        prompt = 10 if self.photos else 6        # tokens of a proxy's prompt, with the name of a thing
+        longest = max(self.patches + 64, self.prompt_len + self.tokens, self.patches + prompt + self.tokens)
+        weights = self.width * (12 * self.width * self.depth + 24 * self.see_patch ** 2)
+        weights += self.width * (self.row_len + self.tokens)
+        weights += self.tok_width * (12 * self.tok_width * self.tok_depth + 12 * (self.tok_reach * patch) ** 2)
         for ok, what, fix in [
             (size % patch == 0 == size % 4, f"image_size={size} is not divisible by 4 and by patch={patch}",
              f"try --image-size {max(16, 4 * round(size / 4))} --patch 4"),
             (size % self.see_patch == 0 == self.see_patch % patch,
              f"see_patch={self.see_patch} is no multiple of patch={patch} that divides image_size={size}",
              f"try --see-patch {patch}"),
-            (self.width % self.head_dim == 0 == self.head_dim % 8, f"width={self.width}, head_dim={self.head_dim}: rotary "
-             "positions in two dimensions need a width that is a multiple of head_dim, and head_dim of 8",
-             "try --width 128 --head-dim 32"),
+            (self.width % self.head_dim == 0 == self.head_dim % 8,
+             f"width={self.width}, head_dim={self.head_dim}: rotary positions in two dimensions need a width "
+             "that is a multiple of head_dim, and head_dim of 8", "try --width 128 --head-dim 32"),
             (self.tok_width % 32 == 0, f"tok_width={self.tok_width}", "give a multiple of 32"),
             (weights < 2e9, f"width, depth and patches give {weights:.1g} weights", "give at most 2e9"),
-            (self.row_len >= longest, f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
+            (self.row_len >= longest,
+             f"row_len={self.row_len} is too short for a dialogue, captioned image or proxy sample",
              f"give at least {longest}"),
             (re.fullmatch(r"scenes|(coco|voc|sam|hf):.+", self.data), f"data={self.data!r:.200}",
              "choose scenes, coco:DIR, voc:DIR, sam:DIR_OR_TAR or hf:USER/DATASET"),
-            (photos or self.max_objects <= 4, f"max_objects={self.max_objects}", "scenes have room for 2 to 4"),
-            (self.lattice <= size // 4, f"lattice={self.lattice}", f"choose 0 to {size // 4} at this image size"),
-            (len(self.categories.split(",")) <= 200 and len(self.words) < 10 ** 5, "too many categories or words",
-             "give at most 200 categories, and 100000 letters"),
-            (self.vqa_batch + self.t2i_batch <= 4096 and max(self.arm_vqa + self.arm_t2i, self.ratio * self.arm_vqa) <= 2048,
+            (self.photos or self.max_objects <= 4, f"max_objects={self.max_objects}",
+             "scenes have room for 2 to 4"),
+            (self.lattice <= size // 4, f"lattice={self.lattice}",
+             f"choose 0 to {size // 4} at this image size"),
+            (len(self.categories.split(",")) <= 200 and len(self.words) < 10 ** 5,
+             "too many categories or words", "give at most 200 categories, and 100000 letters"),
+            (self.vqa_batch + self.t2i_batch <= 4096
+             and max(self.arm_vqa + self.arm_t2i, self.ratio * self.arm_vqa) <= 2048,
              "a batch would show scenes of the next step",
              "give at most 4096 rows to a step of the base, 2048 to replay and to the proxy"),
-            (self.arm_scenes != 1, "arm_scenes=1", "give at least 2: the shuffled control needs another picture"),
-            (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r:.60}", "choose mixed or sequential"),
-            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), f"proxies={self.proxies!r:.200}",
-             f"name each once, of {', '.join(PROXIES)}, or give all"),
+            (self.arm_scenes != 1, "arm_scenes=1",
+             "give at least 2: the shuffled control needs another picture"),
+            (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r:.60}",
+             "choose mixed or sequential"),
+            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms),
+             f"proxies={self.proxies!r:.200}", f"name each once, of {', '.join(PROXIES)}, or give all"),
             (set(self.arms) <= set(proxies_of(self)), f"proxies={self.proxies!r:.200}",
              f"photographs have no depth and one view only: choose from {', '.join(proxies_of(self))}"),
             (re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", self.device), f"device={self.device!r:.60}",
@@ -197,39 +212,48 @@ class Config:
                 raise UserError(f"{what}; {fix}")
 
 # The smallest and largest sensible value of a setting; of those that are not named, 0 and a billion.
-LIMITS = {"image_size": (16, 4096), "shapes": (3, 8), "colors": (3, 8), "max_objects": (2, 12), "texture": (0, 1),
-          "patch": (2, 4096), "see_patch": (2, 4096), "tok_width": (32, 2 ** 15), "tok_depth": (1, 1000), "tok_reach": (1, 64),
-          "tok_batch": (2, 4096), "width": (8, 2 ** 15), "depth": (1, 1000), "head_dim": (8, 2 ** 15), "row_len": (1, 8192),
-          "prompt_len": (16, 8192), "vqa_batch": (2, 4096), "t2i_batch": (2, 4096), "arm_vqa": (2, 2048), "arm_t2i": (2, 2048),
-          "ratio": (0, 100), "condition_drop": (0, 0.99), "seed": (0, 2 ** 32 - 1), "threads": (0, 1024), "tolerate": (0, 100),
-          "lr": (1e-9, 10), "adam_lr": (1e-9, 10), "tok_adam_lr": (1e-9, 10), "arm_lr": (1e-9, 100), "sample_steps": (1, 4096),
-          **dict.fromkeys(["tok_steps", "base_steps", "arm_steps", "sample_every", "save_every", "eval_questions",
-                           "eval_prompts", "eval_masks"], (1, 10 ** 9))}
+LIMITS = {
+    "seed": (0, 2 ** 32 - 1), "threads": (0, 1024), "tolerate": (0, 100), "texture": (0, 1),
+    "image_size": (16, 4096), "shapes": (3, 8), "colors": (3, 8), "max_objects": (2, 12),
+    "patch": (2, 4096), "see_patch": (2, 4096), "row_len": (1, 8192), "prompt_len": (16, 8192),
+    "tok_width": (32, 2 ** 15), "tok_depth": (1, 1000), "tok_reach": (1, 64), "tok_batch": (2, 4096),
+    "width": (8, 2 ** 15), "depth": (1, 1000), "head_dim": (8, 2 ** 15),
+    "vqa_batch": (2, 4096), "t2i_batch": (2, 4096), "arm_vqa": (2, 2048), "arm_t2i": (2, 2048),
+    "ratio": (0, 100), "condition_drop": (0, 0.99), "sample_steps": (1, 4096),
+    "lr": (1e-9, 10), "adam_lr": (1e-9, 10), "tok_adam_lr": (1e-9, 10), "arm_lr": (1e-9, 100),
+    **dict.fromkeys(["tok_steps", "base_steps", "arm_steps", "sample_every", "save_every", "eval_questions",
+                     "eval_prompts", "eval_masks"], (1, 10 ** 9)),
+}
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 PRESETS = {
     # every stage in under a minute on two cores; says nothing about quality
-    "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, depth=2, head_dim=32, base_steps=20,
-                  arm_steps=6, vqa_batch=4, t2i_batch=4, arm_vqa=2, arm_t2i=2, sample_steps=4, eval_questions=100,
-                  eval_prompts=12, eval_masks=8, sample_every=20, save_every=10, compile=False),
+    "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, depth=2, head_dim=32,
+                  base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_vqa=2, arm_t2i=2, sample_steps=4,
+                  eval_questions=100, eval_prompts=12, eval_masks=8, sample_every=20, save_every=10,
+                  compile=False),
     # the default on a CPU: learns in under a quarter of an hour on two cores
     "tiny": dict(),
     # one GPU, minutes: larger pictures, free placement, every shape and color
     "base": dict(image_size=64, patch=4, shapes=8, colors=8, lattice=0, fsq_levels="8,8,8,5,5", tok_width=256,
-                 tok_depth=4, tok_steps=8000, tok_batch=256, width=512, depth=12, head_dim=64, base_steps=20000, arm_steps=4000,
-                 vqa_batch=96, t2i_batch=128, adam_lr=0.004, arm_vqa=48, arm_t2i=64, eval_questions=20000, eval_prompts=1200,
-                 eval_masks=1000, sample_every=2000, save_every=1000, row_len=328),
+                 tok_depth=4, tok_steps=8000, tok_batch=256, width=512, depth=12, head_dim=64, row_len=328,
+                 base_steps=20000, arm_steps=4000, vqa_batch=96, t2i_batch=128, arm_vqa=48, arm_t2i=64,
+                 adam_lr=0.004, eval_questions=20000, eval_prompts=1200, eval_masks=1000, sample_every=2000,
+                 save_every=1000),
     # photographs (--data) at 256 pixels, ~100M parameters: a GPU, hours
-    "coco": dict(image_size=256, patch=16, see_patch=16, max_objects=12, fsq_levels="8,8,8,6,5", tok_width=512, tok_reach=3,
-                 tok_depth=8, tok_steps=30000, tok_batch=128, width=768, depth=14, head_dim=64, base_steps=60000, arm_steps=10000,
-                 vqa_batch=64, t2i_batch=64, adam_lr=0.003, arm_vqa=32, arm_t2i=32, eval_questions=8000, eval_prompts=1200,
-                 eval_masks=1000, sample_every=5000, save_every=1000, row_len=536, prompt_len=64),
-    # photographs at 64 pixels on a CPU, half an hour: small data are learned by heart. 15,360 codes would cost as much as
-    # the transformer. Masks of a model that is unsure turn all black in more than a few steps: black is its safest guess
-    "coco-tiny": dict(image_size=64, patch=8, see_patch=8, max_objects=6, tok_reach=2, tok_steps=2000, base_steps=1000,
-                      arm_steps=1200, arm_lr=0.6, sample_steps=2, row_len=152, prompt_len=24, eval_questions=1600),
+    "coco": dict(image_size=256, patch=16, see_patch=16, max_objects=12, fsq_levels="8,8,8,6,5", tok_width=512,
+                 tok_reach=3, tok_depth=8, tok_steps=30000, tok_batch=128, width=768, depth=14, head_dim=64,
+                 row_len=536, prompt_len=64, base_steps=60000, arm_steps=10000, vqa_batch=64, t2i_batch=64,
+                 arm_vqa=32, arm_t2i=32, adam_lr=0.003, eval_questions=8000, eval_prompts=1200, eval_masks=1000,
+                 sample_every=5000, save_every=1000),
+    # photographs at 64 pixels on a CPU, half an hour: small data are learned by heart. 15,360 codes would cost
+    # as much as the transformer. Masks of a model that is unsure turn all black in more than a few steps: black
+    # is its safest guess
+    "coco-tiny": dict(image_size=64, patch=8, see_patch=8, max_objects=6, tok_reach=2, tok_steps=2000,
+                      base_steps=1000, arm_steps=1200, arm_lr=0.6, sample_steps=2, row_len=152, prompt_len=24,
+                      eval_questions=1600),
 }
 
 # ==== 2. Scenes: the data set, rendered =====================================================================
@@ -262,7 +286,10 @@ RADII = (0.11, 0.172)                 # small and large, as a share of the image
 SPLITS = {"train": 0, "val": 1, "arm": 2, "tokenizer": 3, "grid": 4}
 
 def uniforms(seed: int, split: str, index: np.ndarray, n: int) -> np.ndarray:
-    """n numbers in [0, 1) for each index, a pure function of (seed, split, index): the SplitMix64 counter hash; (B, n)."""
+    """n numbers in [0, 1) for each index, a pure function of (seed, split, index); (B, n).
+
+    The SplitMix64 counter hash.
+    """
     def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -288,25 +315,27 @@ class Scenes:
     seeds: np.ndarray                 # (B, 8) uniforms for everything later: referents, words, noise
 
     names, colors = SHAPE_NAMES, COLOR_NAMES
-    painted = property(lambda self: np.arange(self.shape.shape[1]) < self.count[:, None])         # (B, M), in the instance map
-    asked = painted                                                                               # (B, M), to be talked about
+    painted = property(lambda self: np.arange(self.shape.shape[1]) < self.count[:, None])         # (B, M)
+    asked = painted                   # (B, M) which may be talked about; painted: which are in the instance map
 
     def __len__(self) -> int:
         return len(self.count)
 
 def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0.5) -> Scenes:
-    """Scenes number `index` of a split: 1 to max_objects objects that stay apart, but for one overlapping pair in a
-    share `overlap` of the scenes in which the first two differ in color. The camera looks down on a table: objects lower
-    in the picture are nearer.
+    """Scenes number `index` of a split: 1 to max_objects objects that stay apart, but for one overlapping pair
+    in a share `overlap` of the scenes in which the first two differ in color. The camera looks down on a table:
+    objects lower in the picture are nearer.
     """
     B, M, P, tries = len(index), cfg.max_objects, cfg.image_size, 12
     draws = 5 + 2 * tries                        # of each object
     u = uniforms(cfg.seed, split, index, 16 + M * draws)
     scene_u, object_u = u[:, :16], u[:, 16:].reshape(B, M, draws)
     count = 1 + (scene_u[:, 0] ** 0.7 * M).astype(np.int64)
-    shape, color = ((object_u[..., i] * n).astype(np.int64) for i, n in enumerate((cfg.shapes, cfg.colors)))
+    shape = (object_u[..., 0] * cfg.shapes).astype(np.int64)
+    color = (object_u[..., 1] * cfg.colors).astype(np.int64)
     # 35 % of the scenes repeat one shape, 30 % one color, so that there is something to count
-    repeats_shape, repeats_color = scene_u[:, 1] < 0.35, (scene_u[:, 1] < 0.2) | (scene_u[:, 1] > 0.9)
+    repeats_shape = scene_u[:, 1] < 0.35
+    repeats_color = (scene_u[:, 1] < 0.2) | (scene_u[:, 1] > 0.9)
     shape = np.where(repeats_shape[:, None], shape[:, :1], shape)
     color = np.where(repeats_color[:, None], color[:, :1], color)
     # the overlapping pair is big, and of two colors: two touching objects of one color would be one blob
@@ -324,13 +353,16 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
             if (placed[:, i] | (i >= count)).all():
                 break
             # the overlapping pair lies side by side, off the lattice: height does not tell which is in front
-            partner, side = overlaps & (i == 1), 2 * object_u[:, i, 5 + 2 * t] - 1                # left or right, -1 … 1
+            partner = overlaps & (i == 1)
+            side = 2 * object_u[:, i, 5 + 2 * t] - 1                      # -1 … 1, left or right
             away = np.sign(side) * (0.45 + 0.25 * abs(side)) * (radius[:, 0] + radius[:, i])
             cx = np.where(partner, x[:, 0] + np.round(away), cx)
             cy = np.where(partner, y[:, 0], cy)
-            ok = ~placed[:, i] & (i < count) & (np.minimum(cx, cy) >= low[:, i]) & (np.maximum(cx, cy) <= P - low[:, i])
+            inside = (np.minimum(cx, cy) >= low[:, i]) & (np.maximum(cx, cy) <= P - low[:, i])
+            ok = ~placed[:, i] & (i < count) & inside
             for j in range(i):
-                reach, gap = radius[:, i] + radius[:, j], np.maximum(abs(cx - x[:, j]), abs(cy - y[:, j]))
+                reach = radius[:, i] + radius[:, j]
+                gap = np.maximum(abs(cx - x[:, j]), abs(cy - y[:, j]))
                 beside = (gap >= 0.42 * reach) & (gap <= 0.75 * reach)
                 ok &= np.where(partner, beside, gap >= reach + 1) | ~placed[:, j]
             x[:, i], y[:, i] = np.where(ok, cx, x[:, i]), np.where(ok, cy, y[:, i])
@@ -340,36 +372,39 @@ def sample_scenes(cfg: Config, split: str, index: np.ndarray, overlap: float = 0
     take = lambda a: np.take_along_axis(a, order, 1)
     textured = np.concatenate([scene_u[:, 3:4], object_u[..., 4]], 1) < cfg.texture
     amplitude = np.where(textured, np.array([0.05] + [0.12] * M), 0.0)
-    return Scenes(placed.sum(1), take(shape), take(color), take(size), take(x), take(y), take(radius),
-                  (scene_u[:, 4] * len(BACKGROUNDS)).astype(np.int64),
-                  np.concatenate([amplitude[:, :1], take(amplitude[:, 1:])], 1), scene_u[:, 8:])
+    return Scenes(
+        count=placed.sum(1), shape=take(shape), color=take(color), size=take(size),
+        x=take(x), y=take(y), radius=take(radius),
+        background=(scene_u[:, 4] * len(BACKGROUNDS)).astype(np.int64),
+        texture=np.concatenate([amplitude[:, :1], take(amplitude[:, 1:])], 1), seeds=scene_u[:, 8:])
 
 @dataclass
 class Rendered:
     """What the renderer knows about a batch of scenes."""
     image: Tensor                     # (B, 3, P, P) in [0, 1]
-    instance: Tensor                 # (B, P, P) integers: 0 background, 1 + index of the object that is in front
-    category: Tensor                  # (B, P, P) integers: 0 background, 1 + index into SHAPES or the names of the data
+    instance: Tensor                  # (B, P, P) integers: 0 background, 1 + index of the object in front
+    category: Tensor                  # (B, P, P) integers: 0 background, 1 + index of a shape or category
     depth: Tensor                     # (B, P, P) in [0, 1], 1 = near
-    stuff: Tensor                     # (B, P, P) integers: 0 none, 1 + index of a class of background, on photographs
+    stuff: Tensor                     # (B, P, P) integers: of photographs: 0 none, 1 + a class of background
 
 def pick(batch, index: slice):
     """A part of a batch of scenes, photographs or renderings."""
-    return type(batch)(*(value[index] if isinstance(value, (np.ndarray, Tensor)) else value for value in vars(batch).values()))
+    parts = [v[index] if isinstance(v, (np.ndarray, Tensor)) else v for v in vars(batch).values()]
+    return type(batch)(*parts)
 
 def per_object(values: np.ndarray) -> Tensor:
     """(B, M) numbers of objects → (B, 1 + M) for indexing with an instance map; the background gets 0."""
     return F.pad(torch.as_tensor(values), (1, 0))
 
 def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered:
-    """Paint scenes back to front with smooth edges, or look photographs up. `shift` moves the camera sideways by up to that
-    many pixels for the nearest objects (parallax).
+    """Paint scenes back to front with smooth edges, or look photographs up. `shift` moves the camera sideways,
+    by up to that many pixels for the nearest objects (parallax).
     """
     if not isinstance(scenes, Scenes):
         return show_photos(scenes)
     B, M, P = len(scenes), scenes.shape.shape[1], cfg.image_size
     put = lambda a: torch.as_tensor(a, dtype=torch.float32)
-    pixel = torch.arange(P) + 0.5                             # (P,)
+    pixel = torch.arange(P) + 0.5                                                                 # (P,)
     nearness = put(scenes.y) / P                                                                  # (B, M)
     cx, cy, radius = put(scenes.x) - shift * nearness, put(scenes.y), put(scenes.radius)
     dx = (pixel - cx[..., None]) / radius[..., None]                                              # (B, M, P)
@@ -383,13 +418,13 @@ def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered
             cover[b, m] = (0.5 - distance * radius[b, m][:, None, None]).clamp(0, 1)
     amplitude = put(scenes.texture)
     diagonal = torch.sin((pixel[:, None] + pixel[None, :]) * (2 * math.pi / 4))                   # (P, P)
-    backgrounds = put(BACKGROUNDS)[torch.as_tensor(scenes.background)]             # (B, 3)
-    image = backgrounds[:, :, None, None] + (amplitude[:, :1, None] * diagonal)[:, None]        # (B, 3, P, P)
-    colors = put(list(COLORS.values()))[torch.as_tensor(scenes.color)]             # (B, M, 3)
+    backgrounds = put(BACKGROUNDS)[torch.as_tensor(scenes.background)]                            # (B, 3)
+    image = backgrounds[:, :, None, None] + (amplitude[:, :1, None] * diagonal)[:, None]          # (B, 3, P, P)
+    colors = put(list(COLORS.values()))[torch.as_tensor(scenes.color)]                            # (B, M, 3)
     instance = torch.zeros(B, P, P, dtype=torch.int64)
     depth = (0.3 * pixel / P)[None, :, None].expand(B, P, P).clone()
     for m in range(M):
-        a = cover[:, m, None]                                                                   # (B, 1, P, P)
+        a = cover[:, m, None]                                                                     # (B, 1, P, P)
         paint = colors[:, m, :, None, None] * (1 + (amplitude[:, m + 1, None, None] * diagonal)[:, None])
         image = image * (1 - a) + paint * a
         front = cover[:, m] > 0.5                                                                 # (B, P, P)
