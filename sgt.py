@@ -964,16 +964,17 @@ def sample(cfg: Config, split: str, index: np.ndarray, use: str = "questions") -
 # ==== 4. Language: words, captions, questions ===============================================================
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-LEXICON = """a and is are there the of in than how many what color shape where object objects more plus list big small left
-right above below front bigger smaller or top middle bottom center yes no zero one two three four five six seven eight
-nine ten circle circles square squares triangle triangles cross crosses ring rings bar bars diamond diamonds star stars
-red green blue yellow purple cyan orange white segment paint every each separately instances with different colors
-another class by its kind things stuff everything only draw boxes around all box this image picture depth map estimate
-near show view from camera shift fill missing part complete hidden edges detect outlines trace copy remove noise clean
-blur make sharp restore detail their just blurred very once bright dark enhance rain streaks now as it"""
+LEXICON = """a and is are there the of in than how many what color shape where object objects more plus list
+big small left right above below front bigger smaller or top middle bottom center yes no zero one two three
+four five six seven eight nine ten circle circles square squares triangle triangles cross crosses ring rings
+bar bars diamond diamonds star stars red green blue yellow purple cyan orange white segment paint every each
+separately instances with different colors another class by its kind things stuff everything only draw boxes
+around all box this image picture depth map estimate near show view from camera shift fill missing part
+complete hidden edges detect outlines trace copy remove noise clean blur make sharp restore detail their
+just blurred very once bright dark enhance rain streaks now as it"""
 
 class Text:
-    """Words of the training text plus UTF-8 bytes: short sequences, no unknown words, lossless for any input."""
+    """Words of the training text plus UTF-8 bytes: short sequences, no unknown words, nothing is lost."""
     PAD, BOS, END = 0, 1, 2
 
     def __init__(self, words: str = "") -> None:
@@ -985,13 +986,16 @@ class Text:
         return len(self.pieces)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. A word carries the space before it; punctuation and what is no known word become bytes."""
+        """Ids of a text. A word carries the space before it; signs and unknown words become bytes."""
         return list(self.ids_of(text))
 
     @functools.lru_cache(100_000)                 # the sentences of the scenes come back again and again
     def ids_of(self, text: str) -> tuple[int, ...]:
-        chunks = [c.encode("utf-8", "surrogatepass") for c in re.findall(r" ?\w+| ?[^\w\s]|\s", " " + text)] if text else []
-        return tuple(i for c in chunks for i in ([self.ids[c]] if c in self.ids else [3 + b for b in c]))
+        ids = []
+        for chunk in re.findall(r" ?\w+| ?[^\w\s]|\s", " " + text) if text else []:
+            chunk = chunk.encode("utf-8", "surrogatepass")
+            ids += [self.ids[chunk]] if chunk in self.ids else [3 + byte for byte in chunk]
+        return tuple(ids)
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the first end token; bytes that are not valid UTF-8 become the replacement character."""
@@ -1001,100 +1005,117 @@ class Text:
 
 text_of = functools.cache(Text)       # the words of a run's data, beside the built-in ones → its Text
 TEXT = text_of("")
-Thing = namedtuple("Thing", "shape color size x y radius index")  # words and pixels of one object, for the language
+Thing = namedtuple("Thing", "shape color size x y radius index")      # one object in words and pixels
 
 def word_rng(scenes: Scenes, b: int) -> random.Random:
     return random.Random(int(scenes.seeds[b, 0] * 2 ** 53))
 
 def things(scenes: Scenes | Photos, b: int) -> list[Thing]:
-    """What is in a picture. A thing with index -1 is there, but too small, crowded or ill annotated to be asked about."""
-    asked = scenes.asked[b]
-    return [Thing(scenes.names[scenes.shape[b, m]], scenes.colors[scenes.color[b, m]], ("small", "big")[scenes.size[b, m]],
-                  float(scenes.x[b, m]), float(scenes.y[b, m]), float(scenes.radius[b, m]), m if asked[m] else -1)
-            for m in range(int(scenes.count[b]))]
+    """What is in a picture. A thing with index -1 is too small, crowded or ill annotated to be asked about."""
+    found, asked = [], scenes.asked[b]
+    for m in range(int(scenes.count[b])):
+        found.append(Thing(
+            shape=scenes.names[scenes.shape[b, m]], color=scenes.colors[scenes.color[b, m]],
+            size=("small", "big")[scenes.size[b, m]], x=float(scenes.x[b, m]), y=float(scenes.y[b, m]),
+            radius=float(scenes.radius[b, m]), index=m if asked[m] else -1))
+    return found
 
-def noun(o: Thing) -> str:
-    return f"{o.color} {o.shape}".strip()
+def noun(color: str, shape: str) -> str:
+    return f"{color} {shape}".strip()             # things on photographs have no color
 
-PLURALS = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
+PLURALS = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "skis": "skis",
+           "scissors": "scissors"}
 
 def plural(shape: str) -> str:
-    first, last = shape.rpartition(" ")[:2], shape.rpartition(" ")[2]
-    return "".join(first) + PLURALS.get(last, last + ("es" if re.search("(s|x|ch|sh)$", last) else "s"))
-
-def named(objects: list[Thing]) -> list[tuple[Thing, str]]:
-    """Objects that can be told apart in words, with the shortest name that does: 'ring', or 'red ring' among rings."""
-    shapes, both = [o.shape for o in objects], [(o.color, o.shape) for o in objects]
-    found = [(o, o.shape if shapes.count(o.shape) == 1 else noun(o))
-             for o in objects if both.count((o.color, o.shape)) == 1 and o.index >= 0]
-    return found + [(o, "biggest object") for o in biggest(objects)]
+    before, space, last = shape.rpartition(" ")
+    ending = "es" if re.search("(s|x|ch|sh)$", last) else "s"
+    return before + space + PLURALS.get(last, last + ending)
 
 def biggest(objects: list[Thing]) -> list[Thing]:
-    """The thing on a photograph that is clearly larger than all others, if there is one; scenes have two sizes only."""
+    """The thing on a photograph that is clearly larger than all others, or none; scenes have two sizes only."""
     order = sorted((o for o in objects if o.index >= 0 and not o.color), key=lambda o: -o.radius)
-    return order[:1] if order and (len(order) == 1 or order[0].radius > 1.4 * order[1].radius) else []
+    if len(order) > 1 and order[0].radius <= 1.4 * order[1].radius:
+        return []
+    return order[:1]
+
+def named(objects: list[Thing]) -> list[tuple[Thing, str]]:
+    """Objects that can be told apart in words, with their shortest names: 'ring', or 'red ring' among rings."""
+    shapes, nouns = Counter(o.shape for o in objects), Counter(noun(o.color, o.shape) for o in objects)
+    found = []
+    for o in objects:
+        full = noun(o.color, o.shape)
+        if nouns[full] == 1 and o.index >= 0:
+            found.append((o, o.shape if shapes[o.shape] == 1 else full))
+    return found + [(o, "biggest object") for o in biggest(objects)]
 
 def where(o: Thing, P: int) -> str:
-    return (f"{('top', 'middle', 'bottom')[min(2, int(o.y * 3 / P))]} "
-            f"{('left', 'center', 'right')[min(2, int(o.x * 3 / P))]}")
+    row = ("top", "middle", "bottom")[min(2, int(o.y * 3 / P))]
+    column = ("left", "center", "right")[min(2, int(o.x * 3 / P))]
+    return f"{row} {column}"
 
 def relation(a: Thing, b: Thing) -> str | None:
     """How a lies to b, where one direction clearly wins; None on a diagonal."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < 1.5 * min(abs(dx), abs(dy)) + 1e-6:
         return None
-    return ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
 
 def overlap(a: Thing, b: Thing) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius)
 
-# --- captions: GenEval's six kinds (arXiv 2310.11513), and a longer one ---------------------------------------------
+# --- captions: GenEval's six kinds (arXiv 2310.11513), and a longer one
 
 def captions(objects: list[Thing], rng: random.Random | None = None) -> dict[str, str]:
-    """Every caption that fits a scene, by kind; two objects are named in random order, or as listed without rng."""
+    """Every caption that fits a scene, by kind; two objects in random order, or as listed without rng."""
     objects = [o for o in objects if o.index >= 0]
     found, n = {}, len(objects)
     shapes, colored = {o.shape for o in objects}, any(o.color for o in objects)
     if n == 1:
         found["single"] = f"a {objects[0].shape}"
         if colored:
-            found["colors"] = f"a {noun(objects[0])}"
+            found["colors"] = f"a {objects[0].color} {objects[0].shape}"
     if 2 <= n <= 10 and len(shapes) == 1:
         found["counting"] = f"{NUMBERS[n]} {plural(objects[0].shape)}"
         if colored and len({o.color for o in objects}) == 1:
             found["counting_color"] = f"{NUMBERS[n]} {objects[0].color} {plural(objects[0].shape)}"
     if n == 2 and len(shapes) == 2:
         a, b = rng.sample(objects, 2) if rng else objects
+        colored_a, colored_b, between = noun(a.color, a.shape), noun(b.color, b.shape), relation(a, b)
         found["two"] = f"a {a.shape} and a {b.shape}"
         if colored:
-            found["attribution"] = f"a {noun(a)} and a {noun(b)}"
-        if relation(a, b):
-            found["position"] = f"a {a.shape} {relation(a, b)} a {b.shape}"
+            found["attribution"] = f"a {colored_a} and a {colored_b}"
+        if between:
+            found["position"] = f"a {a.shape} {between} a {b.shape}"
             if colored:
-                found["position_color"] = f"a {noun(a)} {relation(a, b)} a {noun(b)}"
+                found["position_color"] = f"a {colored_a} {between} a {colored_b}"
     if n >= 3 or not found:
-        groups: dict[tuple, int] = {}
-        for o in objects:
-            groups[o.color, o.shape] = groups.get((o.color, o.shape), 0) + 1
-        amount = lambda k: NUMBERS[k] if k <= 10 else "many"
-        found["long"] = ", ".join(f"a {c} {s}".replace("  ", " ") if k == 1 else f"{amount(k)} {c} {plural(s)}".replace("  ", " ")
-                                  for (c, s), k in list(groups.items())[:4])
+        groups = Counter((o.color, o.shape) for o in objects)         # in the order of their first objects
+        parts = []
+        for (color, shape), k in list(groups.items())[:4]:
+            amount = NUMBERS[k] if k <= 10 else "many"
+            parts.append(f"a {noun(color, shape)}" if k == 1 else f"{amount} {noun(color, plural(shape))}")
+        found["long"] = ", ".join(parts)
     return found
 
 def describe(objects: list[Thing], rng: random.Random, P: int) -> str:
-    """Everything there is to say about a scene, in random order: every word depends on the name before it, which makes
-    this the densest lesson in looking things up. Objects of a scene are listed back to front: of two that overlap one is
-    hidden; photographs do not say which. Of many things the five largest are told.
+    """Everything there is to say about a scene, in random order: every word depends on the name before it, so
+    this is the densest lesson in looking things up. Objects of a scene are listed back to front: of two that
+    overlap one is hidden; photographs do not say which. Of many things the five largest are told.
     """
-    def line(o: Thing) -> str:
-        name = " ".join(rng.sample([o.color, o.shape], 2)).strip()
-        others = [p for p in objects if p is not o and overlap(o, p)] if o.color else []
-        order = [] if not others else ["front" if o.index > others[0].index else "hidden"]
-        return " ".join([name, *rng.sample([where(o, P), o.size, *order], 2 + len(order))])
     told = [o for o in objects if o.index >= 0][:5]
-    return ", ".join(map(line, rng.sample(told, len(told)))) + "."
+    parts = []
+    for o in rng.sample(told, len(told)):
+        name = " ".join(rng.sample([o.color, o.shape], 2)).strip()
+        facts = [where(o, P), o.size]
+        touching = [p for p in objects if p is not o and overlap(o, p)]
+        if o.color and touching:
+            facts.append("front" if o.index > touching[0].index else "hidden")
+        parts.append(" ".join([name, *rng.sample(facts, len(facts))]))
+    return ", ".join(parts) + "."
 
-# --- questions: (objects, rng, cfg) → (question, answer), or None where the scene does not allow one ------------------
+# --- questions: (objects, rng, cfg) → (question, answer), or None where the scene does not allow one
 
 def balanced(options: list[tuple[str, str]], rng: random.Random) -> tuple[str, str] | None:
     """Draw the answer first, then the question: no answer is common only because the scenes make it so."""
@@ -1104,22 +1125,28 @@ def balanced(options: list[tuple[str, str]], rng: random.Random) -> tuple[str, s
     return rng.choice([option for option in options if option[1] == answer])
 
 def categories(objects: list[Thing], rng: random.Random, cfg: Config, n: int) -> list[tuple[str, int]]:
-    """Up to n sets of objects in words, with their sizes: 'circles', 'red objects'; a third of them perhaps empty."""
-    def one() -> tuple[str, list[Thing]]:
-        pool = objects if rng.random() < 0.67 else [Thing(cfg.shape_names[int(rng.random() * len(cfg.shape_names))],
-                                                          cfg.color_names[int(rng.random() * len(cfg.color_names))], *[None] * 5)]
-        o = pool[int(rng.random() * len(pool))]
-        if rng.random() < 0.5 or not o.color:
-            return plural(o.shape), [p for p in objects if p.shape == o.shape]
-        return f"{o.color} objects", [p for p in objects if p.color == o.color]
-    found = [one() for _ in range(n)]
-    return [(name, len(each)) for name, each in found if len(each) <= 10 and all(o.index >= 0 for o in each)]
+    """Up to n sets of objects in words, with their sizes: 'circles', 'red objects'; a third perhaps empty."""
+    def any_of(options: list):
+        return options[int(rng.random() * len(options))]
+    found = []
+    for _ in range(n):
+        pool = [(o.shape, o.color) for o in objects]
+        if rng.random() >= 0.67:
+            pool = [(any_of(cfg.shape_names), any_of(cfg.color_names))]
+        shape, color = any_of(pool)
+        if rng.random() < 0.5 or not color:
+            name, members = plural(shape), [o for o in objects if o.shape == shape]
+        else:
+            name, members = f"{color} objects", [o for o in objects if o.color == color]
+        if len(members) <= 10 and all(o.index >= 0 for o in members):
+            found.append((name, len(members)))
+    return found
 
 def ask_existence(objects, rng, cfg):
     present = {(o.color, o.shape) for o in objects}
     if rng.random() < 0.5:
         color, shape = rng.choice(sorted({(o.color, o.shape) for o in objects if o.index >= 0}))
-        return f"is there a {color} {shape}?".replace("  ", " "), "yes"
+        return f"is there a {noun(color, shape)}?", "yes"
     # hard negatives: mostly a color and a shape that are both there, but not together; else one that is there
     absent = {(o.color, p.shape) for o in objects for p in objects} - present
     if not absent or rng.random() < 0.3:
@@ -1127,10 +1154,12 @@ def ask_existence(objects, rng, cfg):
         absent = {(o.color, s) for s in cfg.shape_names} | {(c, o.shape) for c in cfg.color_names}
     if absent - present:
         color, shape = rng.choice(sorted(absent - present))
-        return f"is there a {color} {shape}?".replace("  ", " "), "no"
+        return f"is there a {noun(color, shape)}?", "no"
 
 def ask_counting(objects, rng, cfg):
-    sets = categories(objects, rng, cfg, 4) + [("objects", len(objects))] * (cfg.data == "scenes")
+    sets = categories(objects, rng, cfg, 4)
+    if not cfg.photos:                            # where everything is annotated
+        sets.append(("objects", len(objects)))
     return balanced([(f"how many {name}?", NUMBERS[n]) for name, n in sets], rng)
 
 def ask_color(objects, rng, cfg):
@@ -1152,7 +1181,8 @@ def ask_category(objects, rng, cfg):
 
 def pairs(objects: list[Thing], rng: random.Random):
     """Two different objects that can be told apart in words, and these words, in random order."""
-    found = [(a, b, name_a, name_b) for a, name_a in named(objects) for b, name_b in named(objects) if a is not b]
+    both = itertools.product(named(objects), repeat=2)
+    found = [(a, b, name_a, name_b) for (a, name_a), (b, name_b) in both if a is not b]
     return rng.sample(found, len(found))
 
 def ask_relation(objects, rng, cfg):
@@ -1161,13 +1191,16 @@ def ask_relation(objects, rng, cfg):
             return f"where is the {name_a} from the {name_b}?", relation(a, b).split()[0]
 
 def ask_location(objects, rng, cfg):
-    for o, name in rng.sample(named(objects), len(named(objects))):
+    options = named(objects)
+    for o, name in rng.sample(options, len(options)):
         return f"where is the {name}?", where(o, cfg.image_size)
 
 def ask_size(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
-        if max(a.radius, b.radius) > 1.4 * min(a.radius, b.radius) and "biggest object" not in (name_a, name_b):
-            return f"is the {name_a} bigger or smaller than the {name_b}?", "bigger" if a.radius > b.radius else "smaller"
+        clear = max(a.radius, b.radius) > 1.4 * min(a.radius, b.radius)
+        if clear and "biggest object" not in (name_a, name_b):
+            truth = "bigger" if a.radius > b.radius else "smaller"
+            return f"is the {name_a} bigger or smaller than the {name_b}?", truth
 
 def ask_occlusion(objects, rng, cfg):
     for a, b, name_a, name_b in pairs(objects, rng):
@@ -1193,35 +1226,46 @@ QUESTIONS = {   # kind → (level, function). The paper: perception improves, re
     "compare": ("reasoning", ask_compare), "arithmetic": ("reasoning", ask_arithmetic),
     "category": ("perception", ask_category),
 }
-NOT_FOR = {"scenes": {"category"}, "photographs": {"color", "shape", "occlusion"},  # depth and color are not annotated
+NOT_FOR = {"scenes": {"category"},
+           "photographs": {"color", "shape", "occlusion"},            # depth and color are not annotated
            "one class": {"color", "shape", "occlusion", "existence", "category", "relation", "size", "compare"}}
 
 def kinds_of(cfg: Config) -> list[str]:
     """The kinds of questions that the data of a run can answer."""
-    world = "scenes" if cfg.data == "scenes" else "photographs" if len(cfg.shape_names) > 1 else "one class"
+    world = "scenes"
+    if cfg.photos:
+        world = "photographs" if len(cfg.shape_names) > 1 else "one class"
     return [kind for kind in QUESTIONS if kind not in NOT_FOR[world]]
 
 def caption(scenes: Scenes | Photos, b: int, rng: random.Random, cfg: Config) -> str:
     """A caption of a picture: of photographs a human one where there is one that is not too long."""
-    human = [] if isinstance(scenes, Scenes) else [text for text in scenes.data.captions[scenes.which[b]]
-                                                   if 0 < len(cfg.text.encode(text)) < cfg.prompt_len]
+    human = [] if isinstance(scenes, Scenes) else scenes.data.captions[scenes.which[b]]
+    human = [text for text in human if 0 < len(cfg.text.encode(text)) < cfg.prompt_len]
     return rng.choice(human or list(captions(things(scenes, b), rng).values()))
 
 def find_words(data: Photographs, most: int = 600) -> str:
     """The vocabulary of a data set: the words of its names and the commonest ones of its training captions."""
-    counts = Counter(word for i in np.flatnonzero(data.split == 0) for text in data.captions[i] for word in text.split())
-    named = " ".join([*data.names, *map(plural, data.names), "biggest", "nothing", "many"]).split()
-    return " ".join(dict.fromkeys(named + [word for word, n in counts.most_common(most) if n > 1 and re.fullmatch(r"\w+", word)]))
+    counts = Counter()
+    for i in np.flatnonzero(data.split == 0):
+        for text in data.captions[i]:
+            counts.update(text.split())
+    words = " ".join([*data.names, *map(plural, data.names), "biggest", "nothing", "many"]).split()
+    words += [word for word, n in counts.most_common(most) if n > 1 and re.fullmatch(r"\w+", word)]
+    return " ".join(dict.fromkeys(words))
 
-def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int) -> tuple[list[int], list[bool]]:
+def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int
+             ) -> tuple[list[int], list[bool]]:
     """Questions and answers about one scene in random order until the budget is full, a description last.
 
     Returns ids and, for each, whether it is supervised (answers and their end token are).
     """
-    turns, asked = [], set()
-    last = ("list the objects.", describe(objects, rng, cfg.image_size))
-    tokens = lambda question, answer: (cfg.text.encode(question), cfg.text.encode(answer) + [Text.END])
-    budget -= sum(map(len, tokens(*last)))
+    def tokens(question: str, answer: str) -> tuple[list[int], list[bool]]:
+        q, a = cfg.text.encode(question), cfg.text.encode(answer) + [Text.END]
+        return q + a, [False] * len(q) + [True] * len(a)
+
+    last = tokens("list the objects.", describe(objects, rng, cfg.image_size))
+    budget -= len(last[0])
+    ids, supervised, asked = [], [], set()
     kinds = kinds_of(cfg) * 2
     rng.shuffle(kinds)
     for kind in kinds:
@@ -1229,25 +1273,27 @@ def dialogue(cfg: Config, objects: list[Thing], rng: random.Random, budget: int)
             break
         turn = QUESTIONS[kind][1](objects, rng, cfg)
         if turn and turn not in asked:
-            ids = tokens(*turn)
-            if sum(map(len, ids)) <= budget:
+            more, is_answer = tokens(*turn)
+            if len(more) <= budget:
                 asked.add(turn)
-                turns.append(ids)
-                budget -= sum(map(len, ids))
-    turns.append(tokens(*last))
-    return [i for q, a in turns for i in q + a], [said for q, a in turns for said in [False] * len(q) + [True] * len(a)]
+                ids += more
+                supervised += is_answer
+                budget -= len(more)
+    return ids + last[0], supervised + last[1]
 
 # ==== 5. Proxies: what the model may be asked to draw of an image that it looks at ==========================
 
-# Well-separated colors; index 0 is the background. Instances take them in scan order, which leaves the model no choice
-# to guess (SegGPT lost 9-10 points with random colors).
+def color_cube(levels: int, darkest: int, stride: int) -> list[tuple[int, int, int]]:
+    """All colors with that many levels a channel, 60 apart; the stride puts similar ones far apart."""
+    order = [stride * j % levels ** 3 for j in range(levels ** 3)]
+    return [tuple(darkest + 60 * (i // unit % levels) for unit in (1, levels, levels ** 2)) for i in order]
+
+# Well-separated colors; index 0 is the background. Instances take them in scan order, which leaves the model no
+# choice to guess (SegGPT lost 9-10 points with random colors). The cubes are for classes of photographs.
 PALETTE = torch.tensor([(0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), (250, 225, 25), (235, 60, 230),
-                        (50, 225, 235), (250, 140, 20), (250, 250, 250), (130, 20, 190), (120, 75, 30), (10, 110, 100),
-                        (128, 128, 128)]
-                       # and more for classes of photographs: five levels of each channel, neighbours far apart
-                       + [(60 * (i % 5), 60 * (i // 5 % 5), 60 * (i // 25)) for i in (37 * j % 125 for j in range(1, 125))]
-                       + [(30 + 60 * (i % 4), 30 + 60 * (i // 4 % 4), 30 + 60 * (i // 16)) for i in (11 * j % 64 for j in range(64))]
-                       ) / 255
+                        (50, 225, 235), (250, 140, 20), (250, 250, 250), (130, 20, 190), (120, 75, 30),
+                        (10, 110, 100), (128, 128, 128)]
+                       + color_cube(5, 0, 37)[1:] + color_cube(4, 30, 11)) / 255
 
 def paint(ids: Tensor, lut: Tensor) -> Tensor:
     """Color an index map: ids (B, P, P), lut (B, n, 3) of colors for each sample → (B, 3, P, P)."""
@@ -1257,7 +1303,8 @@ def paint(ids: Tensor, lut: Tensor) -> Tensor:
 
 def instance_rank(cfg: Config, scenes: Scenes) -> np.ndarray:
     """1, 2, … for the objects of a scene from top to bottom (in quarters) and left to right; (B, M)."""
-    key = np.floor(scenes.y * 4 / cfg.image_size) * cfg.image_size + scenes.x + np.where(scenes.painted, 0, 1e6)
+    key = np.floor(scenes.y * 4 / cfg.image_size) * cfg.image_size + scenes.x
+    key = key + np.where(scenes.painted, 0, 1e6)
     return np.where(scenes.painted, key.argsort(1).argsort(1) + 1, 0)
 
 def instance(cfg, scenes, r):
@@ -1271,8 +1318,10 @@ def panoptic(cfg, scenes, r):
     shade = per_object(1.15 - 0.2 * instance_rank(cfg, scenes).clip(max=5)).float()
     colors = PALETTE[per_object(scenes.shape + 1)] * shade[..., None]
     colors[:, 0] = 0.5
-    stuff = paint(r.stuff, 0.6 * PALETTE.flip(0).expand(len(scenes), -1, -1))       # darker, and counted from the other end
-    return torch.where(((r.instance == 0) & (r.stuff > 0))[:, None], stuff, paint(r.instance, colors.clamp(0, 1)))
+    # classes of stuff take darker colors, counted from the other end
+    stuff = paint(r.stuff, 0.6 * PALETTE.flip(0).expand(len(scenes), -1, -1))
+    is_stuff = (r.instance == 0) & (r.stuff > 0)                                                  # (B, P, P)
+    return torch.where(is_stuff[:, None], stuff, paint(r.instance, colors.clamp(0, 1)))
 
 def referent(scenes: Scenes | Photos, b: int) -> Thing:
     objects = [o for o, painted in zip(things(scenes, b), scenes.painted[b]) if painted]
@@ -1280,9 +1329,11 @@ def referent(scenes: Scenes | Photos, b: int) -> Thing:
 
 def referring(cfg, scenes, r):
     chosen = [referent(scenes, b) for b in range(len(scenes))]
-    match = ((scenes.shape == np.array([[scenes.names.index(o.shape)] for o in chosen])) & scenes.painted
-             & (scenes.color == np.array([[scenes.colors.index(o.color)] for o in chosen])))
-    return paint(r.instance, PALETTE[8 * per_object(match.astype(np.int64))])        # 8: white
+    shape = np.array([[scenes.names.index(o.shape)] for o in chosen])                             # (B, 1)
+    color = np.array([[scenes.colors.index(o.color)] for o in chosen])
+    match = scenes.painted & (scenes.shape == shape) & (scenes.color == color)                    # (B, M)
+    white = 8
+    return paint(r.instance, PALETTE[white * per_object(match.astype(np.int64))])
 
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
@@ -1303,7 +1354,8 @@ def novel_view(cfg, scenes, r):
 
 def edges(cfg, scenes, r):
     gray = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    dx, dy = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2], gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
+    dx = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]
+    dy = gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
     return (4 * (dx.square() + dy.square()).sqrt()).clamp(0, 1).expand(-1, 3, -1, -1)
 
 def original(cfg, scenes, r):
@@ -1338,9 +1390,9 @@ def hole(x: Tensor, g: torch.Generator) -> Tensor:
     inside = (line >= corner[..., None]) & (line < corner[..., None] + P // 2)                    # (B, 2, P)
     return torch.where((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.5, x)
 
-# name → (level, prompts, target, source). All prompts have six tokens, every arm sees the same scenes, replay and steps:
-# arms differ in the target image alone. DIFFERS: restoring something needs something broken, so the six arms with a
-# `source` also change the image that is looked at; the paper does the same.
+# name → (level, prompts, target, source). All prompts have six tokens, every arm sees the same scenes, replay
+# and steps: arms differ in the target image alone. DIFFERS: restoring something needs something broken, so the
+# six arms with a `source` also change the image that is looked at; the paper does the same.
 INSTANCE_PROMPTS = ("segment instances with different colors.", "paint each object another color.")
 Proxy = namedtuple("Proxy", "level prompts target source", defaults=[None])
 PROXIES = {
@@ -1348,8 +1400,10 @@ PROXIES = {
     "shuffled": Proxy("control", INSTANCE_PROMPTS, shuffled),
     "instance": Proxy("high", INSTANCE_PROMPTS, instance),
     "semantic": Proxy("high", ("paint every class another color.", "segment objects by their kind."), semantic),
-    "panoptic": Proxy("high", ("segment things and stuff separately.", "paint everything by its kind."), panoptic),
-    "referring": Proxy("high", ("segment only the {color} {shape}.", "paint just the {color} {shape}."), referring),
+    "panoptic": Proxy("high", ("segment things and stuff separately.", "paint everything by its kind."),
+                      panoptic),
+    "referring": Proxy("high", ("segment only the {color} {shape}.", "paint just the {color} {shape}."),
+                       referring),
     "boxes": Proxy("high", ("draw boxes around all objects.", "draw each object as box."), boxes),
     "depth": Proxy("mid", ("estimate the depth map now.", "show how near everything is."), depth),
     "novel_view": Proxy("mid", ("shift the camera right now.", "show it from another view."), novel_view),
@@ -1358,15 +1412,21 @@ PROXIES = {
     "reconstruction": Proxy("low", ("copy the picture as is.", "draw this image once more."), original),
     "denoise": Proxy("low", ("remove noise from the image.", "clean all of this picture."), original, noise),
     "deblur": Proxy("low", ("remove blur from the image.", "make this blurred picture sharp."), original, blur),
-    "superres": Proxy("low", ("restore detail of the image.", "make this small picture big."), original, shrink),
-    "enhance": Proxy("low", ("enhance this very dark image.", "make this dark picture bright."), original, darken),
+    "superres": Proxy("low", ("restore detail of the image.", "make this small picture big."),
+                      original, shrink),
+    "enhance": Proxy("low", ("enhance this very dark image.", "make this dark picture bright."),
+                     original, darken),
     "derain": Proxy("low", ("remove rain from the image.", "clean streaks of the picture."), original, rain),
 }
 
 SCENE_ONLY = {"depth", "novel_view"}      # photographs do not tell
 
 def proxies_of(cfg: Config) -> list[str]:
-    return [name for name in PROXIES if cfg.data == "scenes" or name not in SCENE_ONLY]
+    return [name for name in PROXIES if not (cfg.photos and name in SCENE_ONLY)]
+
+def fill_in(prompt: str, color: str, shape: str) -> str:
+    """A prompt with the name of a thing, which on photographs has no color."""
+    return prompt.format(color=color, shape=shape).replace("  ", " ")
 
 def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Tensor, list[str], Tensor]:
     """What the model sees (B, 3, P, P), the prompts, and what it must draw (B, 3, P, P), for one proxy."""
@@ -1376,7 +1436,10 @@ def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Te
     prompts = []
     for b in range(len(scenes)):
         prompt = proxy.prompts[int(scenes.seeds[b, 3] * len(proxy.prompts))]
-        prompts.append(prompt.format(**referent(scenes, b)._asdict()).replace("  ", " ") if "{" in prompt else prompt)
+        if "{" in prompt:
+            chosen = referent(scenes, b)
+            prompt = fill_in(prompt, chosen.color, chosen.shape)
+        prompts.append(prompt)
     return source, prompts, proxy.target(cfg, scenes, r)
 
 # ==== 6. Vision tokenizer: image ↔ grid of ids ==============================================================
@@ -1393,10 +1456,11 @@ def matrix(*shape: int, gain: float = 1.0) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * gain / math.sqrt(shape[-1]))
 
 def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for rotary positions in two dimensions: half of each head turns with the row, half with the column.
+    """cos and sin for rotary positions in two dimensions: half of a head turns with the row, half with the
+    column.
 
-    positions (…, S, 2) → two tensors (…, 1, S, head_dim / 2). Text at place t uses (t, t). Half of the frequencies are
-    zero: what does not turn can match by content alone, and a word finds its object wherever that is.
+    positions (…, S, 2) → two tensors (…, 1, S, head_dim / 2). Text at place t uses (t, t). Half of the
+    frequencies are zero: what does not turn can match by content alone, and a word finds its object anywhere.
     """
     n = head_dim // 4
     frequency = 100.0 ** (-torch.arange(n, device=positions.device, dtype=torch.float32) / n)
@@ -1413,7 +1477,7 @@ def grid_positions(G: int, device: torch.device | None = None) -> Tensor:
     return torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(G * G, 2)           # (N, 2)
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention with normalised queries and keys, then a squared-ReLU MLP; no biases."""
+    """Pre-norm transformer block: attention with normalised queries and keys, a squared-ReLU MLP; no biases."""
     def __init__(self, width: int, head_dim: int):
         super().__init__()
         self.heads = width // head_dim
@@ -1422,22 +1486,22 @@ class Block(nn.Module):
         self.up = matrix(4 * width, width)
         self.down = matrix(width, 4 * width, gain=0.0)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None = None,
-                at: int | Tensor = 0) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout,
+                cache: KVCache | None = None, at: int | Tensor = 0) -> Tensor:
         """x (B, S, D) → (B, S, D). With a cache, the S rows continue what columns [0, at) of the cache hold."""
         B, S, D = x.shape
         qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # (B, H, S, D/H)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
-            k, v = cache.put(k, v, at)                                                     # (B, H, at+S, D/H)
+            k, v = cache.put(k, v, at)                                                        # (B, H, at+S, …)
         mixed = attention(q, k, v, layout)                                                    # (B, H, S, D/H)
         x = x + linear(mixed.transpose(1, 2).reshape(B, S, D), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
 class Stem(nn.Module):
-    """Image → one vector a patch, from a window of `reach` patches a side around it: a small convolutional stem as matrix
-    products. Trains far faster than linear patches, and far faster than convolutions run on a CPU.
+    """Image → one vector a patch, from a window of `reach` patches a side around it: a small convolutional stem
+    as matrix products. Trains far faster than linear patches, and far faster than convolutions run on a CPU.
     """
     def __init__(self, patch: int, reach: int, hidden: int, width: int, residuals: int = 0):
         super().__init__()
@@ -1450,8 +1514,9 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, P, P) in [0, 1] → (B, N, D)."""
         p, k = self.patch, self.reach * self.patch
-        windows = F.unfold(F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate"), k, stride=p)   # (B, 3·k², N)
-        windows = windows.transpose(1, 2).contiguous()     # else one slow product for each image where there are no gradients
+        padded = F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate")
+        windows = F.unfold(padded, k, stride=p)                                                   # (B, 3·k², N)
+        windows = windows.transpose(1, 2).contiguous()      # else, without gradients, one slow product an image
         x = linear(F.gelu(linear(windows, self.stem_in)), self.stem_out)
         for up, down in zip(self.up, self.down):
             x = x + linear(F.relu(linear(norm(x), up)).square(), down)
@@ -1460,14 +1525,16 @@ class Stem(nn.Module):
 def from_patches(x: Tensor, patch: int) -> Tensor:
     B, N, C = x.shape
     G = math.isqrt(N)
-    return x.view(B, G, G, C // patch ** 2, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, G * patch, G * patch)
+    x = x.view(B, G, G, C // patch ** 2, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(B, -1, G * patch, G * patch)
 
 class VisionTokenizer(nn.Module):
-    """Autoencoder with finite scalar quantization (arXiv 2309.15505): a few bounded channels, each rounded to a few
-    levels; the codebook is their product, cannot collapse and needs no auxiliary loss.
+    """Autoencoder with finite scalar quantization (arXiv 2309.15505): a few bounded channels, each rounded to a
+    few levels; the codebook is their product, cannot collapse and needs no auxiliary loss.
 
-    The encoder sees `tok_reach` patches, the decoder everything. With attention in the encoder equal patches get different
-    codes in different pictures: harder to predict, and at equal steps 52 % of pictures survived a round trip, not 88 %.
+    The encoder sees `tok_reach` patches, the decoder everything. With attention in the encoder equal patches
+    get different codes in different pictures: harder to predict, and at equal steps 52 % of pictures survived a
+    round trip, not 88 %.
     """
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1480,7 +1547,8 @@ class VisionTokenizer(nn.Module):
         self.patch_out = matrix(3 * cfg.patch ** 2, width, gain=0.1)
         levels = torch.tensor(cfg.levels)
         self.register_buffer("levels", levels, persistent=False)                                  # (C,)
-        self.register_buffer("basis", torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0), persistent=False)
+        basis = torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0)                             # (C,)
+        self.register_buffer("basis", basis, persistent=False)
         cos, sin = rotary_table(grid_positions(cfg.grid), 32)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -1506,12 +1574,10 @@ class VisionTokenizer(nn.Module):
         return linear(self.encoder(image).float(), self.to_code)
 
     def reconstruct(self, code: Tensor, dtype: torch.dtype = torch.float32, block=Block.forward) -> Tensor:
-        """code (B, N, C) → image (B, 3, P, P), not clamped so that training has a gradient everywhere; the blocks compute
-        in `dtype`.
-        """
+        """code (B, N, C) → image (B, 3, P, P), the blocks in `dtype`; not clamped, for gradients everywhere."""
         x = (norm(linear(code, self.from_code)) + self.place).to(dtype)
         none = torch.zeros(x.shape[:2], dtype=torch.int32, device=x.device)
-        layout = Layout(none, none + x.shape[1], none, none + x.shape[1])             # everything sees everything
+        layout = Layout(none, none + x.shape[1], none, none + x.shape[1])     # everything sees everything
         for weights in self.decoder:
             x = block(weights, x, self.cos, self.sin, layout)
         return from_patches(linear(norm(x).float(), self.patch_out), self.patch) * 0.5 + 0.5
@@ -1531,8 +1597,8 @@ class VisionTokenizer(nn.Module):
 class UnifiedModel(nn.Module):
     """One transformer over understanding patches, text ids and image ids, with a text head and an image head.
 
-    Ids: [0, V) text, [V, V + K) the tokenizer's codes, V + K the mask. A `slot` says which learned position a token
-    takes: 0 none, then U of understanding patches, N of image tokens, and the places of text.
+    Ids: [0, V) text, [V, V + K) the tokenizer's codes, V + K the mask. A `slot` says which learned position a
+    token takes: 0 none, then U of understanding patches, N of image tokens, and the places of text.
     """
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1540,9 +1606,9 @@ class UnifiedModel(nn.Module):
         self.mask_id = len(cfg.text) + cfg.codebook
         self.embed = nn.Parameter(torch.randn(self.mask_id + 1, D))
         self.place = nn.Parameter(0.5 * torch.randn(cfg.text_slot + cfg.row_len, D))
-        self.see = Stem(cfg.see_patch, 2, 2 * D, D)                     # image (B, 3, P, P) → features (B, U, D)
+        self.see = Stem(cfg.see_patch, 2, 2 * D, D)                   # image (B, 3, P, P) → features (B, U, D)
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
-        self.text_head = nn.Parameter(torch.zeros(len(cfg.text), D))  # zero: the first loss is exactly ln V, ln K
+        self.text_head = nn.Parameter(torch.zeros(len(cfg.text), D))  # zero: the first loss is ln V, ln K
         self.image_head = nn.Parameter(torch.zeros(cfg.codebook, D))
         # recorded by a GPU for each shape that they are called with, and forgotten together with the model
         self.begin, self.decode, self.refine = map(GraphedStep, (begin, decode, refine))
@@ -1550,18 +1616,19 @@ class UnifiedModel(nn.Module):
     def forward(self, function, *args):                       # what torch.func.functional_call calls
         return function(self, *args)
 
-    def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None) -> Tensor:
+    def embed_rows(self, ids: Tensor, slots: Tensor, features: Tensor | None, patch_at: Tensor | None
+                   ) -> Tensor:
         """ids, slots (B, S) → (B, S, D); understanding features go to the flat places patch_at."""
-        few = ids.numel() < len(self.embed) and not torch.is_grad_enabled()      # the same either way, but for the work
+        few = ids.numel() < len(self.embed) and not torch.is_grad_enabled()   # less work, the same result
         x = norm(F.embedding(ids, self.embed)) if few else F.embedding(ids, norm(self.embed))
         if features is not None:
             x = x.flatten(0, 1).index_copy(0, patch_at, features.flatten(0, 1).to(x.dtype)).view_as(x)
         # features and positions on one scale, or the model stays blind to place
         return norm(x + F.embedding(slots, self.place))
 
-    def trunk(self, x: Tensor, positions: Tensor, layout: Layout, caches: list[KVCache] | None = None, at: int | Tensor = 0,
-              block=Block.forward) -> Tensor:
-        cos, sin = rotary_table(positions, self.cfg.head_dim)                               # (B, 1, S, D/H/2)
+    def trunk(self, x: Tensor, positions: Tensor, layout: Layout, caches: list[KVCache] | None = None,
+              at: int | Tensor = 0, block=Block.forward) -> Tensor:
+        cos, sin = rotary_table(positions, self.cfg.head_dim)                                # (B, 1, S, D/H/2)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, weights in enumerate(self.blocks):
             x = block(weights, x, cos, sin, layout, caches[i] if caches else None, at)
@@ -1574,13 +1641,13 @@ class UnifiedModel(nn.Module):
         return linear(h, self.image_head).float()
 
 def token_loss(h: Tensor, head: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy (n,) of h (n, D) → linear head (K, D) → target ids (n,), in fp32; 0 where the target is -100."""
+    """Cross-entropy (n,) of h (n, D), through a head (K, D), in fp32; 0 where the target (n,) is -100."""
     return F.cross_entropy(linear(h, head).float(), target, reduction="none", ignore_index=-100)
 
 # ==== 8. Batches: documents packed into rows of one length ==================================================
 
 class Batch(NamedTuple):
-    """Rows of S tokens, and where in the flattened (B·S) rows everything lies. All shapes depend on the config alone."""
+    """Rows of S tokens, and where in the flat (B·S) rows everything lies. Shapes depend on the config alone."""
     ids: Tensor                       # (B, S) text ids; places of patches and image tokens hold 0
     slots: Tensor                     # (B, S) learned position
     positions: Tensor                 # (B, S, 2) rotary position
@@ -1589,7 +1656,7 @@ class Batch(NamedTuple):
     patch_at: Tensor                  # (n·U,) where their patches go
     text_at: Tensor                   # (t,) places whose next token may be supervised
     text_target: Tensor               # (t,) that token, or -100
-    targets: Tensor            # (m, 3, P, P) images to draw: first those of captions, then those of the proxy
+    targets: Tensor                   # (m, 3, P, P) images to draw: those of captions, then those of the proxy
     code_at: Tensor                   # (m·N,) where their tokens go
     is_masked: Tensor                 # (m, N) which of their tokens the model must predict
     captioned: int                    # how many targets belong to captions
@@ -1598,7 +1665,7 @@ class Batch(NamedTuple):
         return Batch(*(v.to(device) if isinstance(v, (Tensor, Layout)) else v for v in self))
 
 class Rows:
-    """Packs documents `[patches] text [image tokens]` into rows; what is left of a row is padding that sees nothing."""
+    """Packs documents `[patches] text [image tokens]` into rows; the rest is padding, which sees nothing."""
     def __init__(self, cfg: Config, n: int, S: int):
         self.cfg, self.length = cfg, S
         self.ids, self.slots = np.zeros((n, S), np.int64), np.zeros((n, S), np.int64)
@@ -1607,8 +1674,9 @@ class Rows:
         self.next = np.full((n, S), -100, np.int64)             # the token to predict, where it is supervised
         self.patch_at, self.code_at = [], []
         self.grid = grid_positions(cfg.grid).numpy()
-        scale = cfg.see_patch // cfg.patch                      # patches lie on the grid of the image tokens, in the
-        self.see_grid = grid_positions(cfg.see_grid).numpy() * scale + (scale - 1) / 2            # middle of theirs
+        # patches lie on the grid of the image tokens, each in the middle of those that it covers
+        scale = cfg.see_patch // cfg.patch
+        self.see_grid = grid_positions(cfg.see_grid).numpy() * scale + (scale - 1) / 2
 
     def add(self, row: int, start: int, text: list[int], supervised: list[bool] | None = None, *,
             patches: bool = False, codes: bool = False) -> int:
@@ -1634,35 +1702,43 @@ class Rows:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Layout]:
         """ids, slots, positions and the layout."""
-        return *map(torch.from_numpy, (self.ids, self.slots, self.positions)), Layout(*map(torch.from_numpy, self.spans))
+        ids, slots, positions = map(torch.from_numpy, (self.ids, self.slots, self.positions))
+        return ids, slots, positions, Layout(*map(torch.from_numpy, self.spans))
 
-def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", draws: int = 0) -> Batch:
+def flat_places(found: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *found]))      # found may be empty
+
+def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", draws: int = 0
+               ) -> Batch:
     """The batch of a training step, a pure function of its arguments.
 
-    vqa dialogues, t2i captioned images and `draws` samples of one proxy, of different scenes unless arm_scenes is set. The
-    replay does not depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
+    vqa dialogues, t2i captioned images and `draws` samples of one proxy, of different scenes unless arm_scenes
+    is set. The replay does not depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
     """
     N, S, U = cfg.tokens, cfg.row_len, cfg.patches
-    index = step * 4096 + np.r_[0:vqa + t2i, 2048:2048 + draws]       # replay first, the proxy's scenes from 2048 on
+    index = step * 4096 + np.r_[0:vqa + t2i, 2048:2048 + draws]           # replay, the proxy's from 2048 on
     rows, images, targets = Rows(cfg, len(index), S), [], []
     if vqa:
         scenes = sample(cfg, split, index[:vqa])
         images.append(render(cfg, scenes).image)
+        for i in range(vqa):
+            rows.add(i, 0, *dialogue(cfg, things(scenes, i), word_rng(scenes, i), S - U), patches=True)
     if t2i:
-        captioned = sample(cfg, split, index[vqa:vqa + t2i], "captions")
-        targets.append(render(cfg, captioned).image)
-    for i in range(vqa):
-        rows.add(i, 0, *dialogue(cfg, things(scenes, i), word_rng(scenes, i), S - U), patches=True)
-    for i in range(t2i):
-        rng = word_rng(captioned, i)
-        prompt = caption(captioned, i, rng, cfg)
-        text = [Text.BOS] + (cfg.text.encode(prompt) if rng.random() >= cfg.condition_drop else [])
-        rows.add(vqa + i, 0, text, codes=True)
+        scenes = sample(cfg, split, index[vqa:vqa + t2i], "captions")
+        targets.append(render(cfg, scenes).image)
+        for i in range(t2i):
+            rng = word_rng(scenes, i)
+            prompt = caption(scenes, i, rng, cfg)
+            words = cfg.text.encode(prompt) if rng.random() >= cfg.condition_drop else []
+            rows.add(vqa + i, 0, [Text.BOS] + words, codes=True)
     if draws:
-        few = 2 ** 40 + (step * draws + np.arange(draws)) % max(1, cfg.arm_scenes)                # the same ones again and again
-        rest = sample(cfg, split, few if cfg.arm_scenes else index[vqa + t2i:], "masks")
-        seen, prompts, wanted = proxy_batch(cfg, proxy, rest, render(cfg, rest))
-        images, targets = images + [seen], targets + [wanted]
+        drawn = index[vqa + t2i:]
+        if cfg.arm_scenes:                                            # the same few again and again
+            drawn = 2 ** 40 + (step * draws + np.arange(draws)) % cfg.arm_scenes
+        scenes = sample(cfg, split, drawn, "masks")
+        seen, prompts, wanted = proxy_batch(cfg, proxy, scenes, render(cfg, scenes))
+        images.append(seen)
+        targets.append(wanted)
         for i, prompt in enumerate(prompts):
             rows.add(vqa + t2i + i, 0, cfg.text.encode(prompt), patches=True, codes=True)
     # which tokens are masked: a share cos(π/2 · u) of each image, at least one (MaskGIT's cosine schedule)
@@ -1670,24 +1746,27 @@ def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: st
     count = np.maximum(1, np.ceil(np.cos(np.pi / 2 * u[:, :1]) * N))
     is_masked = u[:, 1:].argsort(1).argsort(1) < count                                            # (m, N)
     text_at = (np.arange(vqa)[:, None] * S + np.arange(U - 1, S - 1)).reshape(-1)
-    t, places = torch.from_numpy, lambda found: torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *found]))
-    return Batch(*rows.tensors(), torch.cat(images), places(rows.patch_at), t(text_at),
-                 t(rows.next.reshape(-1)[text_at]), torch.cat(targets), places(rows.code_at), t(is_masked), t2i)
+    text_target = rows.next.reshape(-1)[text_at]
+    return Batch(*rows.tensors(), images=torch.cat(images), patch_at=flat_places(rows.patch_at),
+                 text_at=torch.from_numpy(text_at), text_target=torch.from_numpy(text_target),
+                 targets=torch.cat(targets), code_at=flat_places(rows.code_at),
+                 is_masked=torch.from_numpy(is_masked), captioned=t2i)
 
-def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward, token_loss=token_loss
-           ) -> dict[str, Tensor]:
+def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward,
+           token_loss=token_loss) -> dict[str, Tensor]:
     """Cross-entropy of the supervised text, and of the masked tokens of captioned images and of proxy targets.
 
-    Each is averaged over its own tokens (the paper's rule), so that adding a proxy does not thin out the replay.
+    Each is averaged over its own tokens (the paper's rule): adding a proxy does not thin out the replay.
     """
     V, dtype = len(model.cfg.text), compute_dtype(batch.ids.device)
     codes = tokenizer.encode(batch.targets)                                                       # (m, N)
     shown = torch.where(batch.is_masked, model.mask_id, V + codes)
     ids = batch.ids.flatten().index_copy(0, batch.code_at, shown.flatten()).view_as(batch.ids)
     x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
-    h = model.trunk(x, batch.positions, batch.layout, block=block).flatten(0, 1)    # (B·S, D)
-    each, out = token_loss(h[batch.code_at], model.image_head, codes.flatten()).view_as(codes), {}
+    h = model.trunk(x, batch.positions, batch.layout, block=block).flatten(0, 1)                  # (B·S, D)
+    each = token_loss(h[batch.code_at], model.image_head, codes.flatten()).view_as(codes)
     each = each * batch.is_masked                                                                 # (m, N)
+    out = {}
     if len(batch.text_at):
         text = token_loss(h[batch.text_at], model.text_head, batch.text_target)
         out["text"] = text.sum() / (batch.text_target >= 0).sum()
@@ -1699,12 +1778,16 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
 # ==== 9. Sampling: answers and pictures =====================================================================
 
 def cast_once(function):
-    """A function of a model and tensors that casts every matrix once, and not in each of its steps: the same to the bit."""
+    """A function of a model and tensors that casts every matrix once, not in each step: the same to the bit."""
+    @functools.wraps(function)
     @torch.no_grad()
     def run(model: UnifiedModel, *args):
-        low = {name: w.to(compute_dtype(w.device)) for name, w in model.named_parameters() if name not in ("embed", "place")}
+        low = {}
+        for name, weight in model.named_parameters():
+            if name not in ("embed", "place"):
+                low[name] = weight.to(compute_dtype(weight.device))
         return torch.func.functional_call(model, low, (function, *args))
-    return functools.wraps(function)(run)
+    return run
 
 class Condition(NamedTuple):
     """What is read before anything is written: B rows [patches] text that all end at column L."""
@@ -1718,36 +1801,40 @@ class Condition(NamedTuple):
 def condition(model: UnifiedModel, texts: list[list[int]], image: Tensor | None) -> Condition:
     """Texts, after images (B, 3, P, P) if given, as rows that are padded on the left."""
     device, U = model.embed.device, 0 if image is None else model.cfg.patches
-    multiple = 16 if records(device) else 1                           # there is a graph for each length: let there be few
-    L = -(-(U + max(map(len, texts))) // multiple) * multiple
+    multiple = 16 if records(device) else 1       # there is a graph for each length: let there be few
+    L = math.ceil((U + max(map(len, texts))) / multiple) * multiple
     rows = Rows(model.cfg, len(texts), L)
     for b, text in enumerate(texts):
         rows.add(b, L - U - len(text), text, patches=image is not None)
     ids, slots, positions, layout = (x.to(device) for x in rows.tensors())
-    return Condition(ids, slots, positions, layout, image, torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None)
+    patch_at = flat_places(rows.patch_at).to(device) if U else None
+    return Condition(ids, slots, positions, layout, image, patch_at)
 
 def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tensor]:
-    """Run the condition once: its last hidden state (B, D), and its keys and values, with room for more columns behind
-    them, (layers, 2, B, H, L + room, D/H). It never sees what follows it, so they stay valid for every later step.
+    """Run the condition once: its last hidden state (B, D), and its keys and values, with room for more columns
+    behind them, (layers, 2, B, H, L + room, D/H). It never sees what follows it, so they stay valid for every
+    later step.
     """
     cfg, (B, L), dtype = model.cfg, seen.ids.shape, compute_dtype(seen.ids.device)
     features = None if seen.images is None else model.see(seen.images.to(dtype))
     x = model.embed_rows(seen.ids, seen.slots, features, seen.patch_at).to(dtype)
     memory = x.new_zeros(cfg.depth, 2, B, L + room, cfg.width // cfg.head_dim, cfg.head_dim).transpose(3, 4)
-    return model.trunk(x, seen.positions, seen.layout, [KVCache(*m) for m in memory])[:, -1], memory
+    h = model.trunk(x, seen.positions, seen.layout, [KVCache(*m) for m in memory])                # (B, L, D)
+    return h[:, -1], memory
 
-def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int) -> tuple[Tensor, Tensor]:
+def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int
+            ) -> tuple[Tensor, Tensor]:
     """`read` texts, after images (B, 3, P, P) if given."""
     return read(model, condition(model, texts, image), room)
 
 @cast_once
 def refine(model: UnifiedModel, tokenizer: VisionTokenizer, seen: Condition, noise: Tensor, guidance: float,
            temperature: float, token_temperature: float, on_step=None) -> Tensor:
-    """The pictures (B, 3, P, P) of B conditions, or 2 B with the empty prompts behind them if guided. All that is random
-    is in noise (steps, 2, B, N): uniform for the tokens, Gumbel for their order. See `generate`.
+    """The pictures (B, 3, P, P) of B conditions, or 2 B with the empty prompts behind them if guided. All that
+    is random is in noise (steps, 2, B, N): uniform for the tokens, Gumbel for their order. See `generate`.
     """
-    cfg, device, V, (steps, _, B, N) = model.cfg, noise.device, len(model.cfg.text), noise.shape
-    R, L = seen.ids.shape
+    cfg, device, V = model.cfg, noise.device, len(model.cfg.text)
+    (steps, _, B, N), (R, L) = noise.shape, seen.ids.shape
     caches = [KVCache(*m) for m in read(model, seen, N)[1]]
     positions = grid_positions(cfg.grid, device).float().expand(R, N, 2)
     slots = (cfg.image_slot + torch.arange(N, device=device)).expand(R, N)
@@ -1760,13 +1847,14 @@ def refine(model: UnifiedModel, tokenizer: VisionTokenizer, seen: Condition, noi
             on_step(ids, is_masked)
         x = model.embed_rows(ids.repeat(R // B, 1), slots, None, None).to(compute_dtype(device))
         h = model.trunk(x, positions, layout, caches, L)                                          # (R, N, D)
-        if R > B:                        # the head is linear: guiding its input guides the logits, at half the price
+        if R > B:                        # the head is linear: to guide its input guides the logits, for half
             conditional, empty = h.chunk(2)
             h = empty + guidance * (conditional - empty)
         sampled = temperature > 0 and token_temperature > 0
         p = model.image_logits(h / token_temperature if sampled else h).softmax(-1)               # (B, N, K)
-        if sampled:                                                   # where the cumulated probability passes it
-            choice = (p.cumsum(-1) < noise[step, 0, ..., None]).sum(-1).clamp(max=cfg.codebook - 1)    # (B, N)
+        if sampled:                      # where the cumulated probability passes the uniform number
+            passed = p.cumsum(-1) < noise[step, 0, ..., None]
+            choice = passed.sum(-1).clamp(max=cfg.codebook - 1)                                   # (B, N)
         else:
             choice = p.argmax(-1)
         confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
@@ -1781,26 +1869,31 @@ def refine(model: UnifiedModel, tokenizer: VisionTokenizer, seen: Condition, noi
         on_step(ids, ids == model.mask_id)
     return tokenizer.decode(ids - V)
 
-def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[int]], image: Tensor | None = None, *,
-             guidance: float = 1.0, steps: int | None = None, temperature: float | None = None, seed: int = 0,
-             on_step=None) -> Tensor:
+def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[int]],
+             image: Tensor | None = None, *, guidance: float = 1.0, steps: int | None = None,
+             temperature: float | None = None, seed: int = 0, on_step=None) -> Tensor:
     """Draw one picture for each text (after looking at `image` (B, 3, P, P), if given); (B, 3, P, P) in [0, 1].
 
-    MaskGIT (arXiv 2202.04200): start with every token masked; each step predicts all of them in parallel and keeps the
-    most confident, so that cos(π/2 · step/steps) of them stay masked. Guidance moves the logits away from those of an
-    empty prompt: u + guidance · (c − u). `temperature` is the randomness in the order of unmasking, annealed to zero; 0
-    also takes the likeliest tokens. `on_step(ids, is_masked)` is called before every step and at the end.
+    MaskGIT (arXiv 2202.04200): start with every token masked; each step predicts all of them in parallel and
+    keeps the most confident, so that cos(π/2 · step/steps) of them stay masked. Guidance moves the logits away
+    from those of an empty prompt: u + guidance · (c − u). `temperature` is the randomness in the order of
+    unmasking, annealed to zero; 0 also takes the likeliest tokens. `on_step(ids, is_masked)` is called before
+    every step and at the end.
     """
     cfg, device, shape = model.cfg, model.embed.device, (len(texts), model.cfg.tokens)
+    steps = steps or cfg.sample_steps
     temperature = cfg.temperature if temperature is None else temperature
-    if guidance != 1.0:                                              # condition and empty prompt in one batch
-        texts, image = texts + [[Text.BOS]] * len(texts), image if image is None else torch.cat([image, image])
     g = torch.Generator(device).manual_seed(seed)
-    uniform = lambda: torch.rand(shape, device=device, generator=g)
-    gumbel = lambda: -torch.empty(shape, device=device).exponential_(generator=g).log()
-    draw = lambda: torch.stack([uniform() if temperature and cfg.token_temperature else torch.zeros(shape, device=device), gumbel()])
-    noise = torch.stack([draw() for _ in range(steps or cfg.sample_steps)])                       # (steps, 2, B, N)
-    inputs = model, tokenizer, condition(model, texts, image), noise, guidance, temperature, cfg.token_temperature
+    noise = torch.zeros(steps, 2, *shape, device=device)                                  # (steps, 2, B, N)
+    for uniform, gumbel in noise:
+        if temperature and cfg.token_temperature:
+            uniform.copy_(torch.rand(shape, device=device, generator=g))
+        gumbel.copy_(-torch.empty(shape, device=device).exponential_(generator=g).log())
+    if guidance != 1.0:                           # conditions and empty prompts in one batch
+        texts = texts + [[Text.BOS]] * len(texts)
+        image = None if image is None else torch.cat([image, image])
+    seen = condition(model, texts, image)
+    inputs = model, tokenizer, seen, noise, guidance, temperature, cfg.token_temperature
     return refine(*inputs, on_step) if on_step else model.refine(*inputs).clone()         # a graph calls nobody
 
 class Written(NamedTuple):
@@ -1817,17 +1910,19 @@ def begin(model: UnifiedModel, seen: Condition, place: Tensor, room: int) -> Wri
     """Read questions whose texts have `place` (B, 1) tokens, and write the first token of each answer."""
     h, memory = read(model, seen, room)
     token, L = model.text_logits(h).argmax(-1, keepdim=True), seen.ids.shape[1]
-    at = torch.full((), L, device=h.device) if records(h.device) else L    # a number attends to less, but is a constant
+    # a number lets attention end there, but is a constant of a graph
+    at = torch.full((), L, device=h.device) if records(h.device) else L
     return Written(memory, seen.layout.lo[:, -1:], at, place, token, token == Text.END)
 
 @cast_once
 def decode(model: UnifiedModel, w: Written, n: int) -> tuple[Tensor, Written]:
-    """Write n more tokens (B, n), END behind an END, or fewer where none is needed; the memory is changed in place."""
+    """Write n more tokens (B, n), END behind an END, or fewer where none is needed; changes the memory in place."""
     caches, out = [KVCache(*m) for m in w.memory], []
     for _ in range(n):
         if isinstance(w.at, int) and w.done.all():           # a graph cannot ask
             break
-        x = model.embed_rows(w.token, model.cfg.text_slot + w.place, None, None).to(compute_dtype(w.token.device))
+        x = model.embed_rows(w.token, model.cfg.text_slot + w.place, None, None)
+        x = x.to(compute_dtype(w.token.device))
         positions = (model.cfg.grid + w.place).float()[..., None].expand(-1, 1, 2)
         layout = Layout(w.start, torch.zeros_like(w.start) + (w.at + 1))
         h = model.trunk(x, positions, layout, caches, w.at)[:, 0]
@@ -1837,8 +1932,8 @@ def decode(model: UnifiedModel, w: Written, n: int) -> tuple[Tensor, Written]:
     return torch.cat(out, 1), w
 
 def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int = 24) -> list[str]:
-    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache; a GPU writes a
-    few tokens before it is asked whether all answers have ended.
+    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache; a GPU
+    writes a few tokens before it is asked whether all answers have ended.
     """
     cfg, device = model.cfg, model.embed.device
     texts = [cfg.text.encode(q) for q in questions]
