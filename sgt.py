@@ -246,8 +246,8 @@ PRESETS = {
     "coco": dict(image_size=256, patch=16, see_patch=16, max_objects=12, fsq_levels="8,8,8,6,5", tok_width=512,
                  tok_reach=3, tok_depth=8, tok_steps=30000, tok_batch=128, width=768, depth=14, head_dim=64,
                  row_len=536, prompt_len=64, base_steps=60000, arm_steps=10000, vqa_batch=64, t2i_batch=64,
-                 arm_vqa=32, arm_t2i=32, adam_lr=0.003, eval_questions=8000, eval_prompts=1200, eval_masks=1000,
-                 sample_every=5000, save_every=1000),
+                 arm_vqa=32, arm_t2i=32, adam_lr=0.003, eval_questions=8000, eval_prompts=1200,
+                 eval_masks=1000, sample_every=5000, save_every=1000),
     # photographs at 64 pixels on a CPU, half an hour: small data are learned by heart. 15,360 codes would cost
     # as much as the transformer. Masks of a model that is unsure turn all black in more than a few steps: black
     # is its safest guess
@@ -286,10 +286,7 @@ RADII = (0.11, 0.172)                 # small and large, as a share of the image
 SPLITS = {"train": 0, "val": 1, "arm": 2, "tokenizer": 3, "grid": 4}
 
 def uniforms(seed: int, split: str, index: np.ndarray, n: int) -> np.ndarray:
-    """n numbers in [0, 1) for each index, a pure function of (seed, split, index); (B, n).
-
-    The SplitMix64 counter hash.
-    """
+    """(B, n) numbers in [0, 1), a function of (seed, split, index) alone: the SplitMix64 counter hash."""
     def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -397,9 +394,7 @@ def per_object(values: np.ndarray) -> Tensor:
     return F.pad(torch.as_tensor(values), (1, 0))
 
 def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered:
-    """Paint scenes back to front with smooth edges, or look photographs up. `shift` moves the camera sideways,
-    by up to that many pixels for the nearest objects (parallax).
-    """
+    """Paint scenes back to front, or look photographs up; `shift` moves the nearest objects so many pixels."""
     if not isinstance(scenes, Scenes):
         return show_photos(scenes)
     B, M, P = len(scenes), scenes.shape.shape[1], cfg.image_size
@@ -1456,8 +1451,7 @@ def matrix(*shape: int, gain: float = 1.0) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * gain / math.sqrt(shape[-1]))
 
 def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for rotary positions in two dimensions: half of a head turns with the row, half with the
-    column.
+    """cos and sin of rotary positions in 2D: half of a head turns with the row, half with the column.
 
     positions (…, S, 2) → two tensors (…, 1, S, head_dim / 2). Text at place t uses (t, t). Half of the
     frequencies are zero: what does not turn can match by content alone, and a word finds its object anywhere.
@@ -1500,8 +1494,8 @@ class Block(nn.Module):
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
 class Stem(nn.Module):
-    """Image → one vector a patch, from a window of `reach` patches a side around it: a small convolutional stem
-    as matrix products. Trains far faster than linear patches, and far faster than convolutions run on a CPU.
+    """Image → a vector for each patch, from `reach` × `reach` patches around it: a convolutional stem as matrix
+    products, which trains far faster than linear patches and runs far faster on a CPU than convolutions.
     """
     def __init__(self, patch: int, reach: int, hidden: int, width: int, residuals: int = 0):
         super().__init__()
@@ -1811,9 +1805,8 @@ def condition(model: UnifiedModel, texts: list[list[int]], image: Tensor | None)
     return Condition(ids, slots, positions, layout, image, patch_at)
 
 def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tensor]:
-    """Run the condition once: its last hidden state (B, D), and its keys and values, with room for more columns
-    behind them, (layers, 2, B, H, L + room, D/H). It never sees what follows it, so they stay valid for every
-    later step.
+    """Run the condition once: its last hidden state (B, D), and its keys and values with room for more columns,
+    (layers, 2, B, H, L + room, D/H). It never sees what follows it, so they stay valid for every later step.
     """
     cfg, (B, L), dtype = model.cfg, seen.ids.shape, compute_dtype(seen.ids.device)
     features = None if seen.images is None else model.see(seen.images.to(dtype))
@@ -1916,7 +1909,7 @@ def begin(model: UnifiedModel, seen: Condition, place: Tensor, room: int) -> Wri
 
 @cast_once
 def decode(model: UnifiedModel, w: Written, n: int) -> tuple[Tensor, Written]:
-    """Write n more tokens (B, n), END behind an END, or fewer where none is needed; changes the memory in place."""
+    """Write n more tokens (B, n), END behind an END, or fewer where none is needed; fills the memory."""
     caches, out = [KVCache(*m) for m in w.memory], []
     for _ in range(n):
         if isinstance(w.at, int) and w.done.all():           # a graph cannot ask
@@ -1932,9 +1925,7 @@ def decode(model: UnifiedModel, w: Written, n: int) -> tuple[Tensor, Written]:
     return torch.cat(out, 1), w
 
 def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int = 24) -> list[str]:
-    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache; a GPU
-    writes a few tokens before it is asked whether all answers have ended.
-    """
+    """Greedy answers to one question for each image (B, 3, P, P), token by token with a key-value cache."""
     cfg, device = model.cfg, model.embed.device
     texts = [cfg.text.encode(q) for q in questions]
     limit = max(1, min(limit, cfg.row_len - cfg.patches - max(map(len, texts))))
@@ -1942,7 +1933,7 @@ def answer(model: UnifiedModel, image: Tensor, questions: list[str], limit: int 
     written = model.begin(model, condition(model, texts, image), place, -(-limit // 16) * 16)
     out = written.token.tolist()
     while len(out[0]) < limit and not all(Text.END in row for row in out):
-        left = limit - len(out[0])
+        left = limit - len(out[0])                # a GPU writes 8 before it is asked whether all have ended
         tokens, written = model.decode(model, written, min(8, left) if records(device) else left)
         out = [row + more for row, more in zip(out, tokens.tolist())]
     return [cfg.text.decode(row) for row in out]
@@ -1954,16 +1945,17 @@ def rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(20, steps), 2 * (steps - step) / steps)
 
 def tokenizer_loss(tokenizer: VisionTokenizer, image: Tensor, block=Block.forward) -> dict[str, Tensor]:
-    """Mean squared error of a round trip through the quantizer. Encoder and blocks may run in bf16, quantizer and loss do not."""
+    """Mean squared error of a round trip. Encoder and blocks may run in bf16, quantizer and loss do not."""
     dtype = compute_dtype(image.device)
     code, _ = tokenizer.quantize(tokenizer.features(image.to(dtype)))
     return {"mse": F.mse_loss(tokenizer.reconstruct(code, dtype, block), image)}
 
 def tokenizer_batch(cfg: Config, step: int) -> Tensor:
-    """Half pictures, half targets of one proxy after the other: the tokenizer must be able to say both; (B, 3, P, P)."""
+    """Half pictures, half targets of the proxies in turn: the tokenizer must say both; (B, 3, P, P)."""
     drawn = [name for name in proxies_of(cfg) if PROXIES[name].target not in (None, original, shuffled)]
     index, half = step * 4096 + np.arange(cfg.tok_batch), cfg.tok_batch // 2
-    seen, cut = sample(cfg, "tokenizer", index[:half], "look"), sample(cfg, "tokenizer", index[half:], "masks")
+    seen = sample(cfg, "tokenizer", index[:half], "look")
+    cut = sample(cfg, "tokenizer", index[half:], "masks")
     target = PROXIES[drawn[step % len(drawn)]].target(cfg, cut, render(cfg, cut))
     return torch.cat([render(cfg, seen).image, target])
 
@@ -1972,7 +1964,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class Run:
     """A folder with everything about one training run: config.json, log.jsonl, weights, samples, report.
 
-    Every write goes to a temporary file first and is renamed, so a crash never leaves half a file; the log grows by lines.
+    A write goes to a temporary file that is renamed, so a crash leaves no half file; the log grows by lines.
     """
     def __init__(self, folder: Path, pulled: bool = False):
         self.folder, self.pulled = folder, pulled  # pulled: in the cache of the Hub, only to be read
@@ -2025,13 +2017,15 @@ class Run:
             with safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
         except Exception as e:                     # safetensors raises its own error type for a damaged file
-            raise UserError(f"cannot read {path} ({e.__class__.__name__}: {e}); delete it to train that stage again") from None
+            raise UserError(f"cannot read {path} ({e.__class__.__name__}: {e}); "
+                            "delete it to train that stage again") from None
 
     def restore(self, name: str, module: nn.Module) -> nn.Module:
         try:
             module.load_state_dict(self.load(name)[0])
         except RuntimeError as e:
-            raise UserError(f"{self.folder}/{name}.safetensors does not fit config.json: {str(e).splitlines()[-1].strip()}; "
+            why = str(e).splitlines()[-1].strip()
+            raise UserError(f"{self.folder}/{name}.safetensors does not fit config.json: {why}; "
                             "it comes from another run") from None
         return module.requires_grad_(False).eval()
 
@@ -2043,9 +2037,10 @@ class Run:
             kept = [line for line in lines if line["stage"] != stage or line["step"] < step]
             self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ when a run is resumed
-ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr", "sample_steps", "guidance",
-             "token_temperature", "temperature", "eval_questions", "eval_prompts", "eval_masks", "sample_every"}
+NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ on resuming
+ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr",
+             "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions", "eval_prompts",
+             "eval_masks", "sample_every"}
 
 def together() -> None:
     """Wait for the other processes, if there are any."""
@@ -2055,13 +2050,13 @@ def together() -> None:
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
 
-def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int, rates: tuple[float, float], make, step_losses,
-                sample, phases: int = 1):
-    """The training loop of every stage: draw a batch, one step, log, now and then a sample grid and a checkpoint.
+def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int, rates: tuple[float, float],
+                make, step_losses, sample, phases: int = 1):
+    """The training loop of every stage: a batch, a step, the log, now and then a sample grid and a checkpoint.
 
-    `make(step)` builds a batch, a pure function of the step, so a resumed run repeats the same numbers bit for bit;
-    `step_losses(batch)` returns named losses; a GPU records it once, so what changes between steps must be in the batch.
-    `rates` are those of Muon and AdamW, and rise and fall once in each of `phases`; `sample(step)` draws the grid.
+    `make(step)` builds a batch, a pure function of the step, so a resumed run repeats the same numbers bit for
+    bit; `step_losses(batch)` returns named losses; a GPU records it once, so what changes between steps must be
+    in the batch. `rates` of Muon and AdamW rise and fall in each of `phases`; `sample(step)` draws a grid.
     """
     device = next(module.parameters()).device
     weights = {"mse": 4.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
@@ -2097,25 +2092,26 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
     # several processes would stop at different steps: there a signal ends them, and the last checkpoint counts
     previous = {s: signal.signal(s, lambda number, frame: stopped.append(number))
                 for s in (signal.SIGINT, signal.SIGTERM) if WORLD == 1}
-    began, log = time.perf_counter(), open(os.devnull if RANK else run.folder / "log.jsonl", "a", buffering=1)
+    log = open(os.devnull if RANK else run.folder / "log.jsonl", "a", buffering=1)
+    bar = tqdm(total=steps, initial=start, desc=name.ljust(14), unit="step", mininterval=1.0,
+               dynamic_ncols=True, disable=RANK > 0)
+    began, pending, cycle = time.perf_counter(), None, steps // phases
     try:
-        with ThreadPoolExecutor(1) as ahead, tqdm(total=steps, initial=start, desc=name.ljust(14), unit="step",
-                                                  mininterval=1.0, dynamic_ncols=True, disable=RANK > 0) as bar:
-            pending = None
+        with ThreadPoolExecutor(1) as ahead, bar:
             for step in range(start, steps):
                 batch = (pending.result() if pending else make(step)).to(device)
                 if device.type != "cpu" and step + 1 < steps:  # on a CPU two threads would fight for the cores
                     pending = ahead.submit(make, step + 1)
                 before = time.perf_counter()
-                parts = update(batch, torch.tensor(rate_factor(step % (steps // phases), steps // phases), device=device))
+                parts = update(batch, torch.tensor(rate_factor(step % cycle, cycle), device=device))
                 if step == start and cfg.compile and time.perf_counter() - before > 1:
                     bar.write(f"first step, with compilation: {time.perf_counter() - before:.0f} s")
                 bar.update()
                 if step % 10 == 0 or step == steps - 1 or (step + 1) % cfg.save_every == 0:
                     values = {k: v.item() for k, v in parts.items()}
                     if not all(map(math.isfinite, values.values())):
-                        raise UserError(f"the loss of stage {name} became {values} at step {step}; try a lower --lr, "
-                                        "in another --run")
+                        raise UserError(f"the loss of stage {name} became {values} at step {step}; "
+                                        "try a lower --lr, in another --run")
                     bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()})
                     log.write(json.dumps({"stage": name, "step": step, **values,
                                           "seconds": round(time.perf_counter() - began, 2)}) + "\n")
@@ -2142,9 +2138,9 @@ def choose_device(cfg: Config) -> tuple[torch.device, str]:
     """The device to use, and why."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if cfg.device == "auto":
-        name, why = (("cuda", torch.cuda.get_device_name()) if cuda else ("mps", "Apple GPU, no CUDA") if mps
-                     else ("cpu", "no GPU found"))
-        return torch.device(name), why
+        if cuda:
+            return torch.device("cuda"), torch.cuda.get_device_name()
+        return (torch.device("mps"), "Apple GPU, no CUDA") if mps else (torch.device("cpu"), "no GPU found")
     device = torch.device(cfg.device)
     if not {"cpu": True, "mps": mps, "cuda": (device.index or 0) < torch.cuda.device_count()}[device.type]:
         raise UserError(f"there is no device {cfg.device} here; try --device auto")
@@ -2179,30 +2175,33 @@ def read_image(path: str, size: int) -> tuple[Tensor, Image.Image]:
     try:
         picture = upright(path)
     except Exception as e:                         # Pillow raises a dozen kinds of errors for damaged files
-        raise UserError(f"cannot read {path} as a picture ({e.__class__.__name__}: {e}); give a PNG or JPEG") from None
+        raise UserError(f"cannot read {path} as a picture ({e.__class__.__name__}: {e}); "
+                        "give a PNG or JPEG") from None
     return torch.from_numpy(squeeze(picture, size).copy()).permute(2, 0, 1)[None].float() / 255, picture
 
 GRID_PROMPTS = ["a red circle", "a square", "two blue circles", "three yellow rings", "a cross left of a ring",
                 "a bar above a circle", "a green triangle and a purple square", "a cyan cross and a red bar"]
 
 def borrow(cfg: Config, run: Run, other: Run) -> None:
-    """Take tokenizer and base model of another run that trained them with the same settings, to train other arms."""
+    """Take tokenizer and base of another run that trained them with the same settings, to train other arms."""
     theirs = other.config()
-    different = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(theirs, f.name)
-                 and f.name not in NOT_PART_OF_A_RUN | ONLY_ARMS]
+    different = [k for k, v in dataclasses.asdict(cfg).items()
+                 if k not in NOT_PART_OF_A_RUN | ONLY_ARMS and getattr(theirs, k) != v]
     if different:
-        raise UserError(f"{other.folder} trained its base with other settings ({', '.join(different)}); use these, or no --base")
+        raise UserError(f"{other.folder} trained its base with other settings ({', '.join(different)}); "
+                        "use these, or no --base")
     for name in ("tokenizer", "base"):
         if not other.done(name):
-            raise UserError(f"{other.folder} has no finished {name}; finish it with: python sgt.py --train --run {other.folder}")
+            raise UserError(f"{other.folder} has no finished {name}; "
+                            f"finish it with: python sgt.py --train --run {other.folder}")
     run.open(cfg)
     for name in ("tokenizer", "base"):
         if not run.done(name):
             run.write(f"{name}.safetensors", (other.folder / f"{name}.safetensors").read_bytes())
 
 def with_names(cfg: Config) -> tuple[Config, str]:
-    """For photographs, the config with the names and words that are found in the data, and what was skipped in one line."""
-    if cfg.data == "scenes":
+    """Of photographs: the config with the names and words of the data, and a line about what was skipped."""
+    if not cfg.photos:
         return cfg, ""
     data = photographs(cfg.data, cfg.image_size, cfg.max_objects)
     complaint, names = data.complain(cfg.tolerate), ",".join(data.names)
@@ -2225,9 +2224,8 @@ def join_processes(device: torch.device) -> torch.device:
     return device
 
 def train(cfg: Config, run: Run, other: Run | None = None) -> None:
-    """Every stage in order, each skipped if its weights are there: tokenizer, base (both of `other` if that is given),
-    the arms, the report. Of the W processes of torchrun, process r takes the batches W · step + r and the mean of all
-    gradients.
+    """Every stage in order, each skipped if its weights are there: tokenizer, base (both of `other` if given),
+    arms, report. Of W processes of torchrun, process r takes batches W · step + r, and the mean of gradients.
     """
     from eval import evaluate, show
     device, why = choose_device(cfg)
@@ -2235,7 +2233,7 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     cfg, complaint = with_names(cfg)
     if WORLD > 1:
         device = join_processes(device)
-    if RANK:                                                          # what the first process writes is there for all
+    if RANK:                                      # what the first process writes is there for all
         together()
     if other:
         borrow(cfg, run, other)
@@ -2246,13 +2244,16 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
         run.write("bad_records.txt", (cache / "bad_records.txt").read_bytes())
     if not RANK:
         together()
-    print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, torch {torch.__version__}")
+    print(f"{run.folder} on {device} ({why}), {compute_dtype(device)}, seed {cfg.seed}, "
+          f"torch {torch.__version__}")
     fast = compiled if cfg.compile and device.type != "mps" else lambda function: function
     block, loss = fast(Block.forward), fast(token_loss)
     val = sample(cfg, "grid", np.arange(8), "masks")
     val_r = render(cfg, val)
     seen = val_r.image.to(device)
-    prompts_of_grid = GRID_PROMPTS if cfg.data == "scenes" else [caption(val, b, word_rng(val, b), cfg) for b in range(8)]
+    grid_prompts = GRID_PROMPTS
+    if cfg.photos:
+        grid_prompts = [caption(val, b, word_rng(val, b), cfg) for b in range(8)]
 
     own = lambda step: step * WORLD + RANK                            # the batch that this process takes
     torch.manual_seed(cfg.seed)
@@ -2263,45 +2264,51 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
           f"model {size(base)}, rows of {cfg.row_len}")
 
     def sample_tokenizer(step: int) -> None:
-        masks, trip = instance(cfg, val, val_r).to(device), lambda x: tokenizer.decode(tokenizer.encode(x))
-        run.write(f"samples/tokenizer_{step:06d}.png", picture_grid(
-            [("image", seen, None), ("round trip", trip(seen), None), ("masks", masks, None), ("round trip", trip(masks), None)]))
+        rows = []
+        for label, x in (("image", seen), ("masks", instance(cfg, val, val_r).to(device))):
+            rows += [(label, x, None), ("round trip", tokenizer.decode(tokenizer.encode(x)), None)]
+        run.write(f"samples/tokenizer_{step:06d}.png", picture_grid(rows))
 
     def sample_model(model: UnifiedModel, name: str, step: int) -> None:
-        names = [[*(words for _, words in named(things(val, b))), "object"][0] for b in range(len(val))]
-        asked = [f"where is the {words}?" for words in names]
-        said = [q.removeprefix("where is the ") + " " + a for q, a in zip(asked, answer(model, seen, asked, 4))]
-        drawn = generate(model, tokenizer, [[Text.BOS] + cfg.text.encode(p) for p in prompts_of_grid], guidance=cfg.guidance)
-        rows = [("text to image", drawn, prompts_of_grid), ("image", seen, said)]
+        objects = [[name for _, name in named(things(val, b))] for b in range(len(val))]
+        names = [found[0] if found else "object" for found in objects]
+        answers = answer(model, seen, [f"where is the {name}?" for name in names], 4)
+        texts = [[Text.BOS] + cfg.text.encode(p) for p in grid_prompts]
+        rows = [("text to image", generate(model, tokenizer, texts, guidance=cfg.guidance), grid_prompts),
+                ("image", seen, [f"{name}? {reply}" for name, reply in zip(names, answers)])]
         if name in PROXIES and name != "none":
             source, prompts, target = proxy_batch(cfg, name, val, val_r)
-            drawn = generate(model, tokenizer, [cfg.text.encode(p) for p in prompts], source.to(device), temperature=0.0)
+            texts = [cfg.text.encode(p) for p in prompts]
+            drawn = generate(model, tokenizer, texts, source.to(device), temperature=0.0)
             rows += [("seen", source, None)] * bool(PROXIES[name].source)
             rows += [(f"{name}: true", target, None), ("drawn", drawn, None)]
         run.write(f"samples/{name}_{step:06d}.png", picture_grid(rows))
 
     if not run.done("tokenizer"):
         train_stage(run, cfg, "tokenizer", tokenizer, cfg.tok_steps, (cfg.lr, cfg.tok_adam_lr),
-                    lambda step: tokenizer_batch(cfg, own(step)), lambda image: tokenizer_loss(tokenizer, image, block),
-                    sample_tokenizer)
+                    lambda step: tokenizer_batch(cfg, own(step)),
+                    lambda image: tokenizer_loss(tokenizer, image, block), sample_tokenizer)
     run.restore("tokenizer", tokenizer)
     if not run.done("base"):
         train_stage(run, cfg, "base", base, cfg.base_steps, (cfg.lr, cfg.adam_lr),
                     lambda step: make_batch(cfg, "train", own(step), cfg.vqa_batch, cfg.t2i_batch),
-                    lambda batch: losses(base, tokenizer, batch, block, loss), lambda step: sample_model(base, "base", step))
+                    lambda batch: losses(base, tokenizer, batch, block, loss),
+                    lambda step: sample_model(base, "base", step))
     for arm in cfg.arms:
         if not run.done(arm):
             model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
             samples = 0 if arm == "none" or not cfg.ratio else max(2, round(cfg.ratio * cfg.arm_vqa))
-            first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0  # steps of the proxy alone
+            first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0      # of the proxy alone
 
             def make(step: int) -> Batch:
                 if step < first:
                     return make_batch(cfg, "arm", own(step), 0, 0, arm, samples)
-                return make_batch(cfg, "arm", own(step - first), cfg.arm_vqa, cfg.arm_t2i, arm, 0 if first else samples)
+                draws = 0 if first else samples
+                return make_batch(cfg, "arm", own(step - first), cfg.arm_vqa, cfg.arm_t2i, arm, draws)
 
-            train_stage(run, cfg, arm, model, first + cfg.arm_steps, (cfg.arm_lr * cfg.lr, cfg.arm_lr * cfg.adam_lr),
-                        make, lambda batch: losses(model, tokenizer, batch, block, loss),
+            rates = cfg.arm_lr * cfg.lr, cfg.arm_lr * cfg.adam_lr
+            train_stage(run, cfg, arm, model, first + cfg.arm_steps, rates, make,
+                        lambda batch: losses(model, tokenizer, batch, block, loss),
                         lambda step: sample_model(model, arm, step), phases=2 if first else 1)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
@@ -2317,8 +2324,9 @@ tags: [unified-multimodal, "arxiv:2605.18714"]
 ---
 # {name}
 
-A small unified multimodal model that answers questions about pictures, draws pictures from text and draws their segmentation,
-trained from scratch by "SGT in one file" after [arXiv 2605.18714](https://arxiv.org/abs/2605.18714).
+A small unified multimodal model that answers questions about pictures, draws pictures from text and draws their
+segmentation, trained from scratch by "SGT in one file" after
+[arXiv 2605.18714](https://arxiv.org/abs/2605.18714).
 
     python sgt.py --run {name} --ask picture.png "how many {things}?"
     python sgt.py --run {name} --generate "two {things}"
@@ -2331,42 +2339,47 @@ Settings other than the defaults: {settings}
 """
 
 def without_places(text: str, values) -> str:
-    """A text without the folders of this machine that settings name: coco:/home/me/photos becomes coco:photos."""
-    for place in (value.partition(":")[2] or value for value in values):
+    """A text without the folders that settings name: coco:/home/me/photos becomes coco:photos."""
+    for value in values:
+        place = value.partition(":")[2] or value
         if len(Path(place).parts) > 1 and not on_hub(place):
-            for written in (lambda t: json.dumps(t)[1:-1], str):
-                text = text.replace(written(place), written(Path(place).name))
+            name = Path(place).name
+            text = text.replace(json.dumps(place)[1:-1], json.dumps(name)[1:-1]).replace(place, name)
     return text
 
 def push(run: Run, name: str, public: bool) -> None:
-    """Publish a finished run on the Hub in one commit: settings, weights, report and a model card. Photographs belong to
-    others: of a run on them no picture is published.
-    """
+    """Publish a finished run on the Hub in one commit, with a model card; no photographs: they are others'."""
     if "@" in name or not HUB_NAME.fullmatch(name):
         raise UserError(f"--push {name!r} is no name on the Hub; give user/repo")
     cfg = run.config()
-    scenes, stages = cfg.data == "scenes", [f"{stage}.safetensors" for stage in ("tokenizer", "base", *cfg.arms)]
-    texts = ["config.json", "report.json", "report.md"] + ["report.html"] * scenes
-    files = {file: run.folder / file for file in [*texts, *stages, *["samples/comparison.png"] * scenes]}
+    texts, others = ["config.json", "report.json", "report.md"], []
+    if not cfg.photos:
+        texts, others = texts + ["report.html"], ["samples/comparison.png"]
+    stages = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *cfg.arms)]
+    files = {file: run.folder / file for file in [*texts, *stages, *others]}
     for file, path in files.items():
         if not path.exists():
-            raise UserError(f"{run.folder} is not finished, {file} is missing; go on with: python sgt.py --train")
+            raise UserError(f"{run.folder} is not finished, {file} is missing; "
+                            "go on with: python sgt.py --train")
     files.update({file: files[file].read_text(encoding="utf-8") for file in texts})
     changed = {f.name: str(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)
                if f.name not in NOT_PART_OF_A_RUN | {"words"} and getattr(cfg, f.name) != f.default}
     settings = " ".join(f"`{flag(k)} {v}`" for k, v in changed.items()) or "none"
-    picture = "\n![Scenes and prompts, as every model of the run draws them](samples/comparison.png)\n" * scenes
+    picture = "\n![Scenes and prompts, as every model of the run draws them](samples/comparison.png)\n"
+    picture = "" if cfg.photos else picture
     files["README.md"] = CARD.format(name=name, things=plural(cfg.shape_names[0]), picture=picture,
                                      report=files["report.md"].strip(), settings=settings)
-    files.update({file: without_places(files[file], changed.values()).encode() for file in ["README.md", *texts]})
+    for file in ["README.md", *texts]:
+        files[file] = without_places(files[file], changed.values()).encode()
     with hub(f"cannot publish {run.folder} as {name}") as hf:
         if not hf.get_token():
             raise UserError("publishing needs a Hugging Face token; log in with: hf auth login")
         url = hf.create_repo(name, private=not public, exist_ok=True)
         if bool(hf.model_info(name).private) == public:              # it was there before
-            raise UserError(f"{name} is there and is {'private' if public else 'public'}; change that on its page, or give another "
-                            f"name, or {'leave out' if public else 'add'} --public")
-        commit = hf.create_commit(name, [hf.CommitOperationAdd(*file) for file in files.items()], commit_message="A run of SGT")
+            raise UserError(f"{name} is there and is {'private' if public else 'public'}; change that on its "
+                            f"page, or give another name, or {'leave out' if public else 'add'} --public")
+        added = [hf.CommitOperationAdd(*file) for file in files.items()]
+        commit = hf.create_commit(name, added, commit_message="A run of SGT")
     print(f"published {run.folder} at {url} ({'public' if public else 'private'}), commit {commit.oid}")
 
 def find_run(name: str | None) -> Run:
@@ -2374,14 +2387,15 @@ def find_run(name: str | None) -> Run:
     if name and on_hub(name):
         return Run(pull(name, "model"), pulled=True)
     if name:
-        return Run(Path(name) if (Path(name) / "config.json").exists() or Path(name).name != name else Path("runs") / name)
+        is_folder = (Path(name) / "config.json").exists() or Path(name).name != name
+        return Run(Path(name) if is_folder else Path("runs") / name)
     found = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise UserError("there is no run under runs/; train one with: python sgt.py --train")
     return Run(found[-1].parent)
 
 def load_run(run: Run, arm: str | None = None, device: str | torch.device = "cpu"):
-    """Config, tokenizer and one model of a finished stage: `arm`, or the best there is: instance, another arm, base."""
+    """Config, tokenizer and one finished model: `arm`, or the best there is: instance, another arm, base."""
     cfg = run.config()
     stages = [s for s in ["base", *cfg.arms] if run.done(s)]
     if not stages or not run.done("tokenizer"):
@@ -2402,7 +2416,8 @@ def prompt_ids(cfg: Config, text: str, room: int) -> list[int]:
         raise UserError(f"the text has {len(ids)} tokens, the model takes {room}; make it shorter")
     unknown = [word for word in re.findall(r"\w+", text) if any(i < 259 for i in cfg.text.encode(word))]
     if unknown:
-        print(f"note: the training texts have no word {', '.join(map(repr, unknown))}; expect little", file=sys.stderr)
+        words = ", ".join(map(repr, unknown))
+        print(f"note: the training texts have no word {words}; expect little", file=sys.stderr)
     return ids
 
 def save_picture(image: Image.Image, path: str) -> None:
@@ -2417,12 +2432,14 @@ def use(args: argparse.Namespace, given: dict) -> None:
     """The four verbs on a trained run."""
     proxy = args.proxy or "instance"
     if proxy not in PROXIES or proxy == "none":
-        raise UserError(f"there is no proxy {proxy!r} to draw; choose from {', '.join(n for n in PROXIES if n != 'none')}")
+        raise UserError(f"there is no proxy {proxy!r} to draw; "
+                        f"choose from {', '.join(n for n in PROXIES if n != 'none')}")
     pushed = args.push is not None
-    useless = sorted(set(given) - (set() if pushed else {"seed", "guidance", "sample_steps", "temperature", "token_temperature",
-                                                         "device", "threads"}))
-    useless += [name for name, idle in (("base", True), ("preset", True), ("proxy", args.segment is None), ("model", pushed), (
-        "out", args.ask is not None or pushed), ("public", not pushed)) if idle and getattr(args, name)]
+    useful = {"seed", "guidance", "sample_steps", "temperature", "token_temperature", "device", "threads"}
+    useless = sorted(set(given) - (set() if pushed else useful))
+    idle = {"base": True, "preset": True, "proxy": args.segment is None, "model": pushed,
+            "out": args.ask is not None or pushed, "public": not pushed}
+    useless += [name for name in idle if idle[name] and getattr(args, name)]
     if useless:
         raise UserError(f"{flag(useless[0])} has no effect here; leave it out")
     run = find_run(args.run)
@@ -2449,7 +2466,7 @@ def use(args: argparse.Namespace, given: dict) -> None:
     else:
         image, picture = read_image(args.segment, cfg.image_size)
         # names what is to be cut out, for a proxy that needs a name
-        prompt = PROXIES[proxy].prompts[0].format(color=cfg.color_names[0], shape=cfg.shape_names[0]).replace("  ", " ")
+        prompt = fill_in(PROXIES[proxy].prompts[0], cfg.color_names[0], cfg.shape_names[0])
         drawn = draw(cfg.text.encode(prompt), image.to(device), temperature=given.get("temperature", 0.0))
         scale = max(1.0, 256 / max(picture.size))
         size = tuple(max(1, round(side * scale)) for side in picture.size)
@@ -2472,25 +2489,29 @@ def parser() -> Parser:
     p.add_argument("--train", action="store_true", help="train and compare, or resume")
     p.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
     p.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question about a picture")
-    p.add_argument("--segment", metavar="IMAGE", help="draw the instance segmentation (or --proxy NAME) of a picture")
-    p.add_argument("--push", metavar="USER/REPO", help="publish a finished run on the Hugging Face Hub, privately")
+    p.add_argument("--segment", metavar="IMAGE", help="draw the instances (or --proxy NAME) of a picture")
+    p.add_argument("--push", metavar="USER/REPO", help="publish a finished run on the Hub, privately")
     p.add_argument("--public", action="store_true", help="with --push: for everyone")
-    p.add_argument("--run", metavar="RUN", help="folder of a run, its name under runs/, or user/repo[@revision] on the Hub to "
-                   "use it; default: the preset's name to train, the newest run to use")
-    p.add_argument("--preset", choices=sorted(PRESETS), help="size of everything; default: tiny on a CPU, base on a GPU; "
-                   "coco-tiny and coco for --data")
-    p.add_argument("--base", metavar="RUN", help="with --train: take tokenizer and base model from this run, train other arms")
-    p.add_argument("--model", metavar="NAME", help="which model of the run to use: base, none (SFT), instance (SGT), …")
+    p.add_argument("--run", metavar="RUN",
+                   help="folder of a run, its name under runs/, or user/repo[@revision] "
+                   "on the Hub to use it; default: the preset's name to train, the newest run to use")
+    p.add_argument("--preset", choices=sorted(PRESETS), help="size of everything; default: tiny on a CPU, base "
+                   "on a GPU; coco-tiny and coco for --data")
+    p.add_argument("--base", metavar="RUN",
+                   help="with --train: take tokenizer and base model from this run, train other arms")
+    p.add_argument("--model", metavar="NAME", help="which model of a run: base, none (SFT), instance, …")
     p.add_argument("--proxy", metavar="NAME", help="what --segment draws")
     p.add_argument("--out", metavar="FILE", help="where to write the picture")
     settings = p.add_argument_group("settings (defaults are those of the preset tiny)")
-    help_of = dict(re.findall(r"^    (\w+): \w+ = .*?#\s*(.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    source = Path(__file__).read_text(encoding="utf-8")
+    help_of = dict(re.findall(r"^    (\w+): \w+ = .*?#\s*(.+)$", source, re.M))
     for field in dataclasses.fields(Config):
-        kind = {"int": int, "float": float, "str": str}.get(field.type)
-        action = {} if kind else {"action": argparse.BooleanOptionalAction}
+        kind = {"type": type(field.default), "metavar": field.type.upper()}
+        if field.type == "bool":
+            kind = {"action": argparse.BooleanOptionalAction}
         shown = f"{help_of[field.name]} (default: {field.default})".replace("%", "%%")
-        settings.add_argument(flag(field.name), dest="cfg_" + field.name, default=argparse.SUPPRESS, help=shown,
-                              **({"type": kind, "metavar": field.type.upper()} if kind else action))
+        settings.add_argument(flag(field.name), dest="cfg_" + field.name, default=argparse.SUPPRESS,
+                              help=shown, **kind)
     return p
 
 def main(argv: list[str] | None = None) -> int:
@@ -2498,29 +2519,36 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         given = {k[4:]: v for k, v in vars(args).items() if k.startswith("cfg_")}
-        verbs = [v for v in ("train", "generate", "ask", "segment", "push") if getattr(args, v) not in (None, False)]
+        verbs = ("train", "generate", "ask", "segment", "push")
+        verbs = [verb for verb in verbs if getattr(args, verb) not in (None, False)]
         if len(verbs) != 1:
             raise UserError(f"got {' and '.join(map(flag, verbs)) or 'nothing to do'}; "
                             "give one of --train, --generate, --ask, --segment, --push (see --help)")
         if args.train:
             if RANK:
                 sys.stdout = open(os.devnull, "w")                    # the first process speaks for all
-            gpu, photos = torch.cuda.is_available() and given.get("device") != "cpu", given.get("data", "scenes") != "scenes"
-            preset = args.preset or (("coco" if photos else "base") if gpu else ("coco-tiny" if photos else "tiny"))
-            if not args.preset:
-                print(f"preset {preset}: the default {'on a GPU' if gpu else 'without a CUDA GPU'}" + " for photographs" * photos)
+            photos = given.get("data", "scenes") != "scenes"
+            preset = args.preset
+            if not preset:
+                gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+                small, large = ("coco-tiny", "coco") if photos else ("tiny", "base")
+                preset = large if gpu else small
+                print(f"preset {preset}: the default {'on a GPU' if gpu else 'without a CUDA GPU'}"
+                      + " for photographs" * photos)
             for name in ("model", "proxy", "out", "public"):
                 if getattr(args, name):
                     raise UserError(f"{flag(name)} is for using a run, not for --train"
                                     + ("; did you mean --proxies?" if name == "proxy" else "; leave it out"))
             if preset.startswith("coco") and not photos:
-                raise UserError(f"the preset {preset} is for photographs; add --data coco:DIR, or choose another")
+                raise UserError(f"the preset {preset} is for photographs; "
+                                "add --data coco:DIR, or choose another")
             cfg = Config(**{**PRESETS[preset], **given})
             cfg.validate()
             if args.run and on_hub(args.run):
-                raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; for one say ./{args.run}")
-            run = find_run(args.run or (Path(cfg.data.partition(":")[2]).stem if photos else "") or preset)
-            train(cfg, run, find_run(args.base) if args.base else None)
+                raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; "
+                                f"for one say ./{args.run}")
+            name = Path(cfg.data.partition(":")[2]).stem              # of the data set; scenes have none
+            train(cfg, find_run(args.run or name or preset), find_run(args.base) if args.base else None)
         else:
             use(args, given)
         return 0
