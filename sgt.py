@@ -120,6 +120,7 @@ class Config:
     lr: float = 0.02                  # Muon learning rate of the matrices, base and tokenizer
     adam_lr: float = 0.012            # AdamW learning rate of the model's embeddings and heads
     arm_lr: float = 0.3               # arms: both learning rates times this
+    head_steps: int = 0               # arms: so many first steps in which the proxy trains the image head alone
     # sampling
     sample_steps: int = 12            # parallel refinement steps of one image
     guidance: float = 2.0             # guidance scale of generation; 1 = conditional only
@@ -197,6 +198,8 @@ class Config:
              and max(self.arm_vqa + self.arm_t2i, self.ratio * self.arm_vqa) <= 2048,
              "a batch would show scenes of the next step",
              "give at most 4096 rows to a step of the base, 2048 to replay and to the proxy"),
+            (self.head_steps < self.arm_steps, f"head_steps={self.head_steps} leaves no step of arm_steps={self.arm_steps} "
+             "in which the proxy trains what sees", f"give at most {self.arm_steps - 1}"),
             (self.arm_scenes != 1, "arm_scenes=1",
              "give at least 2: the shuffled control needs another picture"),
             (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r:.60}",
@@ -1654,6 +1657,7 @@ class Batch(NamedTuple):
     code_at: Tensor                   # (m·N,) where their tokens go
     is_masked: Tensor                 # (m, N) which of their tokens the model must predict
     captioned: int                    # how many targets belong to captions
+    reach: Tensor                     # () 1; 0: the loss of the proxy trains the image head alone
 
     def to(self, device) -> "Batch":
         return Batch(*(v.to(device) if isinstance(v, (Tensor, Layout)) else v for v in self))
@@ -1702,8 +1706,8 @@ class Rows:
 def flat_places(found: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *found]))      # found may be empty
 
-def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", draws: int = 0
-               ) -> Batch:
+def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", draws: int = 0,
+               reach: float = 1.0) -> Batch:
     """The batch of a training step, a pure function of its arguments.
 
     vqa dialogues, t2i captioned images and `draws` samples of one proxy, of different scenes unless arm_scenes
@@ -1744,7 +1748,7 @@ def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: st
     return Batch(*rows.tensors(), images=torch.cat(images), patch_at=flat_places(rows.patch_at),
                  text_at=torch.from_numpy(text_at), text_target=torch.from_numpy(text_target),
                  targets=torch.cat(targets), code_at=flat_places(rows.code_at),
-                 is_masked=torch.from_numpy(is_masked), captioned=t2i)
+                 is_masked=torch.from_numpy(is_masked), captioned=t2i, reach=torch.tensor(reach))
 
 def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward,
            token_loss=token_loss) -> dict[str, Tensor]:
@@ -1758,7 +1762,9 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
     ids = batch.ids.flatten().index_copy(0, batch.code_at, shown.flatten()).view_as(batch.ids)
     x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
     h = model.trunk(x, batch.positions, batch.layout, block=block).flatten(0, 1)                  # (B·S, D)
-    each = token_loss(h[batch.code_at], model.image_head, codes.flatten()).view_as(codes)
+    h_captioned, h_proxy = h[batch.code_at].tensor_split([batch.captioned * codes.shape[1]])
+    h_proxy = h_proxy * batch.reach + h_proxy.detach() * (1 - batch.reach)         # the same; gates the gradient
+    each = token_loss(torch.cat([h_captioned, h_proxy]), model.image_head, codes.flatten()).view_as(codes)
     each = each * batch.is_masked                                                                 # (m, N)
     out = {}
     if len(batch.text_at):
@@ -2038,7 +2044,7 @@ class Run:
             self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ on resuming
-ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr",
+ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr", "head_steps",
              "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions", "eval_prompts",
              "eval_masks", "sample_every"}
 
@@ -2301,10 +2307,11 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
             first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0      # of the proxy alone
 
             def make(step: int) -> Batch:
+                reach = float(step >= cfg.head_steps)
                 if step < first:
-                    return make_batch(cfg, "arm", own(step), 0, 0, arm, samples)
+                    return make_batch(cfg, "arm", own(step), 0, 0, arm, samples, reach)
                 draws = 0 if first else samples
-                return make_batch(cfg, "arm", own(step - first), cfg.arm_vqa, cfg.arm_t2i, arm, draws)
+                return make_batch(cfg, "arm", own(step - first), cfg.arm_vqa, cfg.arm_t2i, arm, draws, reach)
 
             rates = cfg.arm_lr * cfg.lr, cfg.arm_lr * cfg.adam_lr
             train_stage(run, cfg, arm, model, first + cfg.arm_steps, rates, make,

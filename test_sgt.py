@@ -470,6 +470,16 @@ def test_the_dense_loss_reaches_the_understanding_path():
     sgt.losses(model, tokenizer, sgt.make_batch(CFG, "arm", 1, 2, 2, "instance", 4))["proxy"].backward()
     assert model.see.stem_in.grad.abs().sum() > 0 and model.text_head.grad is None
 
+def test_at_first_the_proxy_may_train_the_image_head_alone():
+    """A loss of 16 nats of colors never seen, which wrecks what sees; a gate that changes the loss or stays shut."""
+    tokenizer, model = models()
+    for reach in (0.0, 1.0):
+        model.zero_grad()
+        loss = sgt.losses(model, tokenizer, sgt.make_batch(CFG, "arm", 1, 2, 2, "instance", 4, reach))["proxy"]
+        loss.backward()
+        assert model.image_head.grad.abs().sum() > 0 and bool(model.see.stem_in.grad.abs().sum() > 0) == bool(reach)
+        assert reach or loss == sgt.losses(model, tokenizer, sgt.make_batch(CFG, "arm", 1, 2, 2, "instance", 4))["proxy"]
+
 def test_one_batch_can_be_learned_by_heart():
     """Anything that keeps the model from fitting: a detached path, a wrong target, a dead optimizer."""
     cfg = dataclasses.replace(CFG, width=96, fsq_levels="5,5,5")
