@@ -198,8 +198,9 @@ class Config:
              and max(self.arm_vqa + self.arm_t2i, self.ratio * self.arm_vqa) <= 2048,
              "a batch would show scenes of the next step",
              "give at most 4096 rows to a step of the base, 2048 to replay and to the proxy"),
-            (self.head_steps < self.arm_steps, f"head_steps={self.head_steps} leaves no step of arm_steps={self.arm_steps} "
-             "in which the proxy trains what sees", f"give at most {self.arm_steps - 1}"),
+            (self.head_steps < self.arm_steps,
+             f"head_steps={self.head_steps} leaves none of arm_steps={self.arm_steps} for the proxy to train what sees",
+             f"give at most {self.arm_steps - 1}"),
             (self.arm_scenes != 1, "arm_scenes=1",
              "give at least 2: the shuffled control needs another picture"),
             (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r:.60}",
@@ -1763,7 +1764,7 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
     x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
     h = model.trunk(x, batch.positions, batch.layout, block=block).flatten(0, 1)                  # (B·S, D)
     h_captioned, h_proxy = h[batch.code_at].tensor_split([batch.captioned * codes.shape[1]])
-    h_proxy = h_proxy * batch.reach + h_proxy.detach() * (1 - batch.reach)         # the same; gates the gradient
+    h_proxy = h_proxy * batch.reach + h_proxy.detach() * (1 - batch.reach)        # the same; gates the gradient
     each = token_loss(torch.cat([h_captioned, h_proxy]), model.image_head, codes.flatten()).view_as(codes)
     each = each * batch.is_masked                                                                 # (m, N)
     out = {}
@@ -2044,8 +2045,8 @@ class Run:
             self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ on resuming
-ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr", "head_steps",
-             "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions", "eval_prompts",
+ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr",
+             "head_steps", "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions", "eval_prompts",
              "eval_masks", "sample_every"}
 
 def together() -> None:
@@ -2554,8 +2555,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.run and on_hub(args.run):
                 raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; "
                                 f"for one say ./{args.run}")
-            name = Path(cfg.data.partition(":")[2]).stem              # of the data set; scenes have none
-            train(cfg, find_run(args.run or name or preset), find_run(args.base) if args.base else None)
+            where = cfg.data.partition(":")[2]                        # of photographs; their folder names the run
+            name = args.run or (Path(where).expanduser().resolve().stem if where else preset)
+            train(cfg, find_run(name or preset), find_run(args.base) if args.base else None)
         else:
             use(args, given)
         return 0
