@@ -735,9 +735,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--bench", action="store_true", help="measure every backend, the train step and sampling")
     p.add_argument("--json", action="store_true", help="print the benchmark for a program")
     p.add_argument("--seconds", type=float, default=5.0, help="how long to measure each group (default: 5)")
+    p.error = lambda message: print(f"error: {message}; see python kernels.py --help", file=sys.stderr) or sys.exit(2)
     args = p.parse_args(argv)
     if not args.check and not args.bench:
         p.error("nothing to do; give --check or --bench")
+    if not 0 < args.seconds <= 3600:
+        p.error(f"--seconds {args.seconds:g}; give more than 0, up to 3600")
+    print("this takes some minutes …", file=sys.stderr)
     if args.check and check():
         return 1
     if args.bench:

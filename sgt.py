@@ -225,8 +225,8 @@ LIMITS = {
     "vqa_batch": (2, 4096), "t2i_batch": (2, 4096), "arm_vqa": (2, 2048), "arm_t2i": (2, 2048),
     "ratio": (0, 100), "condition_drop": (0, 0.99), "sample_steps": (1, 4096),
     "lr": (1e-9, 10), "adam_lr": (1e-9, 10), "tok_adam_lr": (1e-9, 10), "arm_lr": (1e-9, 100),
-    **dict.fromkeys(["tok_steps", "base_steps", "arm_steps", "sample_every", "save_every", "eval_questions",
-                     "eval_prompts", "eval_masks"], (1, 10 ** 9)),
+    **dict.fromkeys(["tok_steps", "base_steps", "arm_steps", "sample_every", "save_every"], (1, 10 ** 9)),
+    **dict.fromkeys(["eval_questions", "eval_prompts", "eval_masks"], (1, 10 ** 6)),
 }
 
 def flag(name: str) -> str:
@@ -776,8 +776,8 @@ class Photographs:
         held_out = split in ("val", "grid")
         found = np.flatnonzero(self.fit[:, USES.index(use)] & (self.split == held_out))
         if not len(found):
-            raise UserError(f"no {'validation' if held_out else 'training'} photograph has what {use} need; "
-                            "give more, or other, annotated data")
+            raise UserError(f"no {'validation' if held_out else 'training'} photograph has what {use} need"
+                            + ", and boxes are no masks" * (use == "masks") + "; give more, or other, annotated data")
         return found
 
     def complain(self, tolerate: float) -> str:
@@ -2200,7 +2200,7 @@ def borrow(cfg: Config, run: Run, other: Run) -> None:
     for name in ("tokenizer", "base"):
         if not other.done(name):
             raise UserError(f"{other.folder} has no finished {name}; "
-                            f"finish it with: python sgt.py --train --run {other.folder}")
+                            "finish it with the command that started it")
     run.open(cfg)
     for name in ("tokenizer", "base"):
         if not run.done(name):
@@ -2368,7 +2368,7 @@ def push(run: Run, name: str, public: bool) -> None:
     for file, path in files.items():
         if not path.exists():
             raise UserError(f"{run.folder} is not finished, {file} is missing; "
-                            "go on with: python sgt.py --train")
+                            "go on with the command that started it")
     files.update({file: files[file].read_text(encoding="utf-8") for file in texts})
     changed = {f.name: str(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)
                if f.name not in NOT_PART_OF_A_RUN | {"words"} and getattr(cfg, f.name) != f.default}
@@ -2407,7 +2407,7 @@ def load_run(run: Run, arm: str | None = None, device: str | torch.device = "cpu
     cfg = run.config()
     stages = [s for s in ["base", *cfg.arms] if run.done(s)]
     if not stages or not run.done("tokenizer"):
-        raise UserError(f"{run.folder} has no finished model yet; finish it with: python sgt.py --train")
+        raise UserError(f"{run.folder} has no finished model yet; finish it with the command that started it")
     arm = arm or ("instance" if "instance" in stages else stages[-1])
     if arm not in stages:
         raise UserError(f"{run.folder} has no model {arm!r}; it has {', '.join(stages)}")
@@ -2428,16 +2428,27 @@ def prompt_ids(cfg: Config, text: str, room: int) -> list[int]:
         print(f"note: the training texts have no word {words}; expect little", file=sys.stderr)
     return ids
 
+def writable(path: str, *kinds: str) -> Path:
+    """A path that a result may be written to: not over the files of a run, a device or a file of another kind."""
+    out = Path(path)
+    if out.suffix.lower() not in kinds:
+        raise UserError(f"cannot write {path!r}: no name that ends with {' or '.join(kinds)}; give one")
+    if (out.parent / "config.json").exists() or out.exists() and not out.is_file():
+        raise UserError(f"{path} is among the files of a run, or no plain file; choose another name")
+    return out
+
 def save_picture(image: Image.Image, path: str) -> None:
+    out = io.BytesIO()
     try:
-        out = io.BytesIO()
-        image.save(out, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+        image.save(out, Image.registered_extensions()[Path(path).suffix.lower()])
         Run(Path(path).parent).write(Path(path).name, out.getvalue())
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"cannot write {path} ({e}); choose another --out") from None
 
 def use(args: argparse.Namespace, given: dict) -> None:
     """The four verbs on a trained run."""
+    if args.out is not None:
+        writable(args.out, ".png", ".jpg", ".jpeg", ".webp")
     proxy = args.proxy or "instance"
     if proxy not in PROXIES or proxy == "none":
         raise UserError(f"there is no proxy {proxy!r} to draw; "

@@ -964,6 +964,8 @@ def test_scenes_and_masks_leave_as_coco_files_that_pycocotools_reads(trained, tm
     run = str(trained[0] / "runs/smoke")
     assert benchmark.main([run, "--export-scenes", str(tmp_path / "scenes")]) == 0
     assert benchmark.main([run, "--export-scenes", str(tmp_path / "scenes")]) == 2                # not over what is there
+    for out in (f"{run}/config.json", ".", "masks.txt"):
+        assert benchmark.main([run, "--export", out]) == 2 and capsys.readouterr().err.count("\n") == 1
     assert benchmark.main([run, "--export", str(tmp_path / "masks.json")]) == 0
     truth = benchmark.COCO(tmp_path / "scenes/instances.json")
     cfg = Config(**PRESETS["smoke"])
@@ -1026,7 +1028,9 @@ def test_the_verbs_work_on_any_picture(trained, tmp_path):
     (["--generate", ""], "empty"), (["--generate", "red " * 50], "shorter"), (["--generate", "x", "--run", "none"], "no readable"),
     (["--segment", "junk.png"], "junk.png"), (["--segment", "junk.png", "--proxy", "depth"], "no model 'depth'"),
     (["--generate", "x", "--width", 64], "--width"), (["--generate", "a ring", "--out", "no/such/\0.png"], "error"),
-    (["--train", "--lr", "fast"], "lr"), (["--generate", "x", "--device", "cuda:9"], "cuda:9")])
+    (["--train", "--lr", "fast"], "lr"), (["--generate", "x", "--device", "cuda:9"], "cuda:9"),
+    (["--generate", "x", "--out", "runs/smoke/report.png"], "files of a run"), (["--generate", "x", "--out", "."], "ends with"),
+    (["--generate", "x", "--out", "runs/smoke/base.safetensors"], "ends with")])
 def test_a_mistake_gets_one_line_and_exit_code_two_and_changes_nothing(trained, args, says, monkeypatch, capsys):
     """A traceback; a half-written file; a run overwritten with other settings."""
     folder, _ = trained
