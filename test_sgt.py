@@ -965,6 +965,7 @@ def test_scenes_and_masks_leave_as_coco_files_that_pycocotools_reads(trained, tm
     assert benchmark.main([run, "--export-scenes", str(tmp_path / "scenes")]) == 0
     assert benchmark.main([run, "--export-scenes", str(tmp_path / "scenes")]) == 2                # not over what is there
     for out in (f"{run}/config.json", ".", "masks.txt"):
+        capsys.readouterr()
         assert benchmark.main([run, "--export", out]) == 2 and capsys.readouterr().err.count("\n") == 1
     assert benchmark.main([run, "--export", str(tmp_path / "masks.json")]) == 0
     truth = benchmark.COCO(tmp_path / "scenes/instances.json")
