@@ -2567,7 +2567,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; "
                                 f"for one say ./{args.run}")
             where = cfg.data.partition(":")[2]                        # of photographs; their folder names the run
-            name = args.run or (Path(where).expanduser().resolve().stem if where else preset)
+            name = args.run or (Path(os.path.abspath(os.path.expanduser(where))).stem if where else preset)
             train(cfg, find_run(name or preset), find_run(args.base) if args.base else None)
         else:
             use(args, given)
