@@ -25,7 +25,6 @@ import io
 import itertools
 import json
 import math
-import re
 import sys
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
@@ -268,7 +267,7 @@ def stream(cfg: Config, split: str, use: str = "questions", count: int = 0):
     """Pictures of a split, as batch, place in it, objects, and the randomness of words about it: the first
     `count`, or scenes without end and every photograph 40 times.
     """
-    count = count or (10 ** 9 if cfg.data == "scenes" else 40 * pool_size(cfg, split, use))
+    count = count or (40 * pool_size(cfg, split, use) if cfg.photos else 10 ** 9)
     for start in range(0, count, 256):
         scenes = sgt.sample(cfg, split, np.arange(start, min(start + 256, count)), use)
         for b in range(len(scenes)):
@@ -287,7 +286,7 @@ def questions(cfg: Config, split: str, total: int) -> list[Item]:
     kinds, items, known = sgt.kinds_of(cfg), [], set()
     need = Counter({kind: max(1, total // len(kinds)) for kind in kinds})
     for n, (scenes, b, objects, rng) in enumerate(stream(cfg, split)):
-        picture = n if cfg.data == "scenes" else scenes.which[b]
+        picture = scenes.which[b] if cfg.photos else n
         for kind, missing in need.most_common():                      # the kind that lags behind first
             turn = QUESTIONS[kind][1](objects, rng, cfg) if missing else None
             if turn and (picture, turn) not in known:
@@ -368,14 +367,14 @@ def pope_items(cfg: Config, negatives: str, total: int) -> list[Item]:
         absent = [pair for pair in every if pair not in there]
         if negatives == "popular":
             absent = [pair for pair in common if pair not in there][:3]
-        elif negatives == "adversarial" and cfg.data == "scenes":
+        elif negatives == "adversarial" and not cfg.photos:
             absent = sorted({(o.color, p.shape) for o in objects for p in objects} - there)
         elif negatives == "adversarial":
             absent = sorted(absent, key=lambda pair: -max(together[pair, other] for other in there))[:3]
         if absent:
             present = rng.choice(sorted({(o.color, o.shape) for o in objects if o.index >= 0}))
             for (color, shape), truth in ((present, "yes"), (rng.choice(absent), "no")):
-                question = f"is there a {color} {shape}?".replace("  ", " ")
+                question = f"is there a {sgt.noun(color, shape)}?"
                 items.append(Item("existence", scenes, b, question, truth))
         if len(items) == total:
             break
@@ -451,7 +450,7 @@ def drawn_targets(cfg: Config, model, tokenizer, name: str, total: int, split: s
                   ) -> tuple[Tensor, Tensor, Tensor]:
     """What a model (None: the tokenizer, the ceiling) draws of a proxy; true instance and category maps."""
     drawn, instance, category, device = [], [], [], tokenizer.place.device
-    if cfg.data != "scenes":                       # each photograph once
+    if cfg.photos:                       # each photograph once
         total = min(total, pool_size(cfg, split, "masks"))
     for start in range(0, total, 100):
         scenes = sgt.sample(cfg, split, np.arange(start, min(start + 100, total)), "masks")
@@ -897,8 +896,7 @@ def write_html(run: sgt.Run, report: dict) -> None:
             series[SHAPE_NAMES[shape]].append(point)
         body.append(chart(f"patches of the last layer, {label(last)}, by shape", series, dots=True))
     body.append("<h2>Training</h2>")
-    lines = (run.folder / "log.jsonl").read_text().splitlines()
-    log = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    log = run.log()
     for stage in dict.fromkeys(line["stage"] for line in log):
         curves = defaultdict(list)
         for line in log:
@@ -920,7 +918,7 @@ def write_html(run: sgt.Run, report: dict) -> None:
 def evaluate(run: sgt.Run, device: torch.device) -> dict:
     """Measure every model of a run; write report.json, report.md and report.html; return the report."""
     cfg, tokenizer, _, _ = sgt.load_run(run, "base", device)
-    in_scenes, items = cfg.data == "scenes", questions(cfg, "val", cfg.eval_questions)
+    in_scenes, items = not cfg.photos, questions(cfg, "val", cfg.eval_questions)
     pope = {kind: pope_items(cfg, kind, cfg.eval_questions // 5)
             for kind in ("random", "popular", "adversarial")}
     pope = {kind: asked for kind, asked in pope.items() if asked}     # none where everything is an "object"
@@ -1017,7 +1015,7 @@ def export_masks(run: sgt.Run, arm: str, path: Path, device: torch.device) -> st
 
 def export_scenes(cfg: Config, folder: Path, count: int) -> str:
     """Validation scenes as a COCO data set: images/, instances.json (shapes are classes), captions.json."""
-    if cfg.data != "scenes":
+    if cfg.photos:
         raise UserError("this run has no scenes, its data are photographs; name a run on scenes")
     if folder.exists():
         raise UserError(f"{folder} is there already; choose another --export-scenes")

@@ -40,6 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+def refuse(mistake: str):
+    """A mistake of the user: one line, exit code 2."""
+    print(f"error: {mistake}", file=sys.stderr)
+    sys.exit(2)
+
 # ---- 1. Layout: who may attend to whom ---------------------------------------------------------------------
 
 class Layout(NamedTuple):
@@ -323,9 +328,7 @@ BACKENDS = {"reference": lambda *args: attention_reference(*args)[0],
 # SGT_KERNELS: 0 = reference, 1 = the fastest, or a name. torch.compile guards on it; the benchmark swaps it.
 CHOSEN = {"0": "reference", "1": ""}.get(os.environ.get("SGT_KERNELS", ""), os.environ.get("SGT_KERNELS", ""))
 if CHOSEN and (CHOSEN not in BACKENDS or CHOSEN == "triton" and triton is None):
-    print(f"error: there is no attention SGT_KERNELS={CHOSEN} here; choose 0, 1 or one of {', '.join(BACKENDS)}",
-          file=sys.stderr)
-    sys.exit(2)
+    refuse(f"there is no attention SGT_KERNELS={CHOSEN} here; choose 0, 1 or one of {', '.join(BACKENDS)}")
 
 def fastest(q: Tensor, layout: Layout) -> str:
     """The backend for a device, dtype and shape. On a CPU only SDPA's backward is slow; on a GPU the few query rows
@@ -735,7 +738,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--bench", action="store_true", help="measure every backend, the train step and sampling")
     p.add_argument("--json", action="store_true", help="print the benchmark for a program")
     p.add_argument("--seconds", type=float, default=5.0, help="how long to measure each group (default: 5)")
-    p.error = lambda message: print(f"error: {message}; see python kernels.py --help", file=sys.stderr) or sys.exit(2)
+    p.error = lambda message: refuse(f"{message}; see python kernels.py --help")
     args = p.parse_args(argv)
     if not args.check and not args.bench:
         p.error("nothing to do; give --check or --bench")

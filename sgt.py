@@ -146,7 +146,7 @@ class Config:
     def shape_names(self) -> list[str]:
         return self.categories.split(",") if self.photos else SHAPE_NAMES[:self.shapes]
     color_names = property(lambda self: [""] if self.photos else COLOR_NAMES[:self.colors])
-    text = property(lambda self: text_of(self.words))                                             # its words
+    text = property(lambda self: text_of(self.words))                                     # the vocabulary
     see_grid = property(lambda self: self.image_size // self.see_patch)
     patches = property(lambda self: self.see_grid ** 2)                                           # U
     # learned positions: none, patches, image tokens, text
@@ -170,7 +170,7 @@ class Config:
         prompt = 10 if self.photos else 6        # tokens of a proxy's prompt, with the name of a thing
         longest = max(self.patches + 64, self.prompt_len + self.tokens, self.patches + prompt + self.tokens)
         weights = self.width * (12 * self.width * self.depth + 24 * self.see_patch ** 2)
-        weights += self.width * (self.row_len + self.tokens)
+        weights += self.width * (self.row_len + self.tokens) + self.tok_width * self.tokens
         weights += self.tok_width * (12 * self.tok_width * self.tok_depth + 12 * (self.tok_reach * patch) ** 2)
         for ok, what, fix in [
             (size % patch == 0 == size % 4, f"image_size={size} is not divisible by 4 and by patch={patch}",
@@ -199,7 +199,7 @@ class Config:
              "a batch would show scenes of the next step",
              "give at most 4096 rows to a step of the base, 2048 to replay and to the proxy"),
             (self.head_steps < self.arm_steps,
-             f"head_steps={self.head_steps} leaves none of arm_steps={self.arm_steps} for the proxy to train what sees",
+             f"head_steps={self.head_steps} leaves none of arm_steps={self.arm_steps} to train what sees",
              f"give at most {self.arm_steps - 1}"),
             (self.arm_scenes != 1, "arm_scenes=1",
              "give at least 2: the shuffled control needs another picture"),
@@ -777,7 +777,8 @@ class Photographs:
         found = np.flatnonzero(self.fit[:, USES.index(use)] & (self.split == held_out))
         if not len(found):
             raise UserError(f"no {'validation' if held_out else 'training'} photograph has what {use} need"
-                            + ", and boxes are no masks" * (use == "masks") + "; give more, or other, annotated data")
+                            + ", and boxes are no masks" * (use == "masks")
+                            + "; give more, or other, annotated data")
         return found
 
     def complain(self, tolerate: float) -> str:
@@ -956,7 +957,7 @@ def show_photos(photos: Photos) -> Rendered:
 
 def sample(cfg: Config, split: str, index: np.ndarray, use: str = "questions") -> Scenes | Photos:
     """Pictures number `index` of a split, fit for a use. Captions tell no overlap: scenes without any."""
-    if cfg.data != "scenes":
+    if cfg.photos:
         return sample_photos(cfg, split, index, use)
     return sample_scenes(cfg, split, index, 0.0 if use == "captions" else 0.5)
 
@@ -2036,18 +2037,21 @@ class Run:
                             "it comes from another run") from None
         return module.requires_grad_(False).eval()
 
+    def log(self) -> list[dict]:
+        """The whole lines of log.jsonl; a crash may have left a part of one."""
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
     def log_until(self, stage: str, step: int) -> None:
         """Forget log lines of a stage from `step` on, which a resumed run will write again."""
-        path = self.folder / "log.jsonl"
-        if path.exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if line["stage"] != stage or line["step"] < step]
-            self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        kept = [line for line in self.log() if line["stage"] != stage or line["step"] < step]
+        self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ on resuming
 ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr",
-             "head_steps", "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions", "eval_prompts",
-             "eval_masks", "sample_every"}
+             "head_steps", "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions",
+             "eval_prompts", "eval_masks", "sample_every"}
 
 def together() -> None:
     """Wait for the other processes, if there are any."""
@@ -2429,7 +2433,7 @@ def prompt_ids(cfg: Config, text: str, room: int) -> list[int]:
     return ids
 
 def writable(path: str, *kinds: str) -> Path:
-    """A path that a result may be written to: not over the files of a run, a device or a file of another kind."""
+    """A path for a result: not over the files of a run, a device or a file of another kind."""
     out = Path(path)
     if out.suffix.lower() not in kinds:
         raise UserError(f"cannot write {path!r}: no name that ends with {' or '.join(kinds)}; give one")
@@ -2566,7 +2570,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.run and on_hub(args.run):
                 raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; "
                                 f"for one say ./{args.run}")
-            where = cfg.data.partition(":")[2]                        # of photographs; their folder names the run
+            where = cfg.data.partition(":")[2]                    # of photographs; their folder names the run
             name = args.run or (Path(os.path.abspath(os.path.expanduser(where))).stem if where else preset)
             train(cfg, find_run(name or preset), find_run(args.base) if args.base else None)
         else:
