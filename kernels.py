@@ -281,8 +281,8 @@ def launch(kernel, BM: int, BN: int, warps: int, *args) -> None:
     """Run a kernel on every tile of every head. Tensors go in as (B, S, H, D), a free view of what the model makes."""
     args = [x.transpose(1, 2).contiguous() if isinstance(x, Tensor) and x.ndim == 4 else x for x in args]
     (B, S, H, D), L, q = args[0].shape, args[1].shape[1], args[0]
-    if not q.is_cuda:
-        BM = BN = 32                                              # in the interpreter
+    if q.dtype == torch.float32:
+        BM = BN = 32                              # larger ones spill kilobytes of registers, or do not fit at all
     tiles = -(-L // BN) if kernel is columns_kernel else -(-S // BM)
     scales = [D ** -0.5 * 1.4426950408889634]                     # scores in powers of two: the hardware has exp2
     scales += [] if kernel is forward_kernel else [D ** -0.5]
@@ -332,11 +332,11 @@ if CHOSEN and (CHOSEN not in BACKENDS or CHOSEN == "triton" and triton is None):
 
 def fastest(q: Tensor, layout: Layout) -> str:
     """The backend for a device, dtype and shape. On a CPU only SDPA's backward is slow; on a GPU the few query rows
-    of decoding would leave a tile empty.
+    of decoding would leave a tile empty, and heads of 128 do not fit the shared memory of every GPU.
     """
     if q.device.type == "cpu":
         return "bmm" if q.requires_grad else "sdpa"
-    fits = triton is not None and q.is_cuda and q.shape[2] >= 16 and q.shape[3] in (16, 32, 64, 128)
+    fits = triton is not None and q.is_cuda and q.shape[2] >= 16 and q.shape[3] in (16, 32, 64)
     return "triton" if fits and (layout.first is not None or not q.requires_grad) else "sdpa"
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str = "") -> Tensor:
