@@ -509,7 +509,8 @@ def looks_at(cfg: Config, model, items: list[Item]) -> tuple[dict[str, list[floa
         is_target = (picture.instance == target.index + 1).float()
         cover = F.max_pool2d(is_target, cfg.see_patch).flatten() > 0  # (U,)
         with recorded_attention() as seen:
-            sgt.prefill(model, [cfg.text.encode(question)], picture.image.to(model.embed.device), 0)
+            image = picture.image.to(model.embed.device)
+            sgt.read(model, sgt.condition(model, [cfg.text.encode(question)], image), 0)
         heads = torch.stack([w[0, :, cfg.patches:, :cfg.patches] for w in seen])
         weights = heads.mean(1).cpu()                                                         # (layers, T, U)
         on_object = weights[..., cover].sum(-1) / weights.sum(-1).clamp(min=1e-9)                # (layers, T)
@@ -824,11 +825,11 @@ def sweep(reports: list[dict]) -> str:
 
 INK = ["#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#148f77", "#a04000", "#34495e"]
 
-def chart(title: str, series: dict, low: float | None = None, dots: bool = False) -> str:
-    """A line chart, or points, as inline SVG: name → points (x, y)."""
+def chart(title: str, series: dict, dots: bool = False) -> str:
+    """A line chart from 0, or points, as inline SVG: name → points (x, y)."""
     points = np.array([point for each in series.values() for point in each])
     (left, bottom), (right, top) = points.min(0), points.max(0)
-    bottom = bottom if low is None else low
+    bottom = bottom if dots else 0.0
     scale = 340 / max(right - left, 1e-9), -150 / max(top - bottom, 1e-9)
     out = [f'<figure><svg viewBox="0 0 400 {190 + 14 * len(series)}" role="img">'
            f'<text x="44" y="12" class="t">{title}</text><path d="M44,20V170H384" class="a"/>'
@@ -861,6 +862,14 @@ def picture(name: str, path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">'
 
+TERMS = """<p>base: the model before post-training. SFT: post-trained with replayed questions and captions
+alone. SGT: the same, and it draws the instance masks of pictures that it looks at; other arms draw their own
+target, shuffled the masks of another picture. majority: always the commonest answer to this kind of question.
+question only: the commonest training answer to the very question, without the picture. judge: the score of
+true pictures; ceiling: of true pictures or masks after a round trip through the tokenizer. PQ = SQ · RQ: how
+well masks fit, times how many are found. position: both there: both objects were drawn; layout error: how far
+one is from where it should be. linear probe: what a linear classifier reads off the features of a layer. ±:
+standard error.</p>"""
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}img{max-width:100%;image-rendering:pixelated}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
@@ -873,7 +882,7 @@ def write_html(run: sgt.Run, report: dict) -> None:
     """report.html: one file with everything in it, no script, nothing from elsewhere."""
     samples, inside, title = run.folder / "samples", report["mechanism"], html.escape(run.folder.name)
     body = [f"<h1>{title}: seed {report['seed']}, {report['device']}, torch {report['torch']}</h1>",
-            html_of(markdown(report)),
+            html_of(markdown(report)), f"<h2>Terms</h2>{TERMS}",
             picture("The same scenes and prompts, by every model", samples / "comparison.png")]
     if inside:
         body.append(picture("Where the models look for the answer", samples / "attention.png"))
@@ -885,12 +894,13 @@ def write_html(run: sgt.Run, report: dict) -> None:
                  "object from its name": "… and from the word that names it, %"}
         for key, name in names.items():
             series = {label(arm): list(enumerate(m["looks_at"][key], 1)) for arm, m in inside.items()}
-            body.append(chart(name, series if key == "image" else series | chance, 0.0))
+            body.append(chart(name, series if key == "image" else series | chance))
         features = last_layers["separability"]
         for task, majority in features["majority"].items():
             series = {label(arm): list(enumerate(m["separability"]["probes"][task]))
                       for arm, m in inside.items()}
-            body.append(chart(f"linear probe for {task}, % by layer (majority {majority:.0f})", series))
+            series["chance"] = [(layer, majority) for layer, _ in series["base"]]
+            body.append(chart(f"linear probe for {task}, % by layer", series))
         series = defaultdict(list)
         for shape, point in sorted(zip(features["shapes"], features["points"])):
             series[SHAPE_NAMES[shape]].append(point)
@@ -903,7 +913,7 @@ def write_html(run: sgt.Run, report: dict) -> None:
             for name, value in line.items() if line["stage"] == stage else ():
                 if name not in ("stage", "step", "seconds"):
                     curves[name].append((line["step"], min(value, 8)))
-        body.append(chart(f"loss: {label(stage)}", curves, 0.0))
+        body.append(chart(f"loss: {label(stage)}", curves))
     for path in sorted(samples.glob("*_*.png")):
         stage, step = path.stem.rsplit("_", 1)
         if int(step):
@@ -1072,8 +1082,7 @@ def command(argv: list[str] | None) -> str:
     p.add_argument("--pope", metavar="FILE", help="ask the models the questions of a POPE-format JSONL file")
     p.add_argument("--export", metavar="FILE",
                    help="write the masks that --model draws of the validation scenes as COCO results")
-    p.add_argument("--model", metavar="NAME", default="instance",
-                   help="which arm --export uses (default: instance)")
+    p.add_argument("--model", metavar="NAME", help="which arm --export uses (default: instance)")
     p.add_argument("--export-scenes", metavar="DIR", help="write the scenes as a COCO data set")
     p.add_argument("--speed", action="store_true", help="measure throughput")
     args = p.parse_args(argv)
@@ -1084,6 +1093,11 @@ def command(argv: list[str] | None) -> str:
     alone = [name for name in ("speed", "export_scenes", "pope", "export") if getattr(args, name)]
     if alone and len(runs) > 1:
         raise UserError(f"{sgt.flag(alone[0])} takes one run, got {len(runs)}; name one")
+    useless = alone[1:] + [name for name in ("json", "again") if alone and getattr(args, name)]
+    useless += ["model"] if args.model and alone[:1] != ["export"] else []
+    if useless:
+        beside = f"beside {sgt.flag(alone[0])}" if alone else "here"
+        raise UserError(f"{sgt.flag(useless[0])} has no effect {beside}; leave it out")
     if args.speed:
         return speed(cfg)
     if args.export_scenes:
@@ -1096,7 +1110,7 @@ def command(argv: list[str] | None) -> str:
     if args.pope:
         return ask_file(runs[0], Path(args.pope), device)
     if args.export:
-        return export_masks(runs[0], args.model, sgt.writable(args.export, ".json"), device)
+        return export_masks(runs[0], args.model or "instance", sgt.writable(args.export, ".json"), device)
     return tables(runs, args.again, args.json, device)
 
 def main(argv: list[str] | None = None) -> int:
