@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -84,7 +85,7 @@ class Config:
     image_size: int = 32              # pixels a side
     shapes: int = 6                   # how many of the 8 shapes appear
     colors: int = 6                   # how many of the 8 colors appear
-    max_objects: int = 4              # most objects in a scene; of a photograph the largest that are painted
+    max_objects: int = 4              # most objects in a scene; so many of a photograph's largest are painted
     lattice: int = 8                  # object centres lie on multiples of this many pixels; 0 = anywhere
     texture: float = 0.05             # share of scenes with a textured background and of objects with stripes
     # the vision tokenizer
@@ -104,6 +105,7 @@ class Config:
     row_len: int = 88                 # S: a row holds one dialogue, captioned image or proxy sample
     prompt_len: int = 16              # text tokens before a generated image
     # training
+    question_scenes: int = 0          # dialogues are about so many scenes, of base and arms alike; 0 = new ones
     base_steps: int = 2400            # steps of the base model
     arm_steps: int = 500              # steps of every post-training arm
     vqa_batch: int = 32               # base: understanding dialogues a step
@@ -141,6 +143,8 @@ class Config:
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
     codebook = property(lambda self: math.prod(self.levels))                                      # K
     arms = property(lambda self: proxies_of(self) if self.proxies == "all" else self.proxies.split(","))
+    # samples of a proxy in a step of an arm
+    draws = property(lambda self: max(2, round(self.ratio * self.arm_vqa)) if self.ratio else 0)
     photos = property(lambda self: self.data != "scenes")
     @property
     def shape_names(self) -> list[str]:
@@ -201,14 +205,13 @@ class Config:
             (self.head_steps < self.arm_steps,
              f"head_steps={self.head_steps} leaves none of arm_steps={self.arm_steps} to train what sees",
              f"give at most {self.arm_steps - 1}"),
-            (self.arm_scenes != 1, "arm_scenes=1",
-             "give at least 2: the shuffled control needs another picture"),
+            (not self.arm_scenes or self.arm_scenes > 1 != self.draws % self.arm_scenes,
+             f"arm_scenes={self.arm_scenes}, {self.draws} samples a step: the first is also the last",
+             f"give {max(2, self.arm_scenes - 1)}: the shuffled control needs another picture"),
             (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule!r:.60}",
              "choose mixed or sequential"),
-            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms),
-             f"proxies={self.proxies!r:.200}", f"name each once, of {', '.join(PROXIES)}, or give all"),
-            (set(self.arms) <= set(proxies_of(self)), f"proxies={self.proxies!r:.200}",
-             f"photographs have no depth and one view only: choose from {', '.join(proxies_of(self))}"),
+            (set(self.arms) <= set(proxies_of(self)) and len(set(self.arms)) == len(self.arms),
+             f"proxies={self.proxies!r:.200}", f"name each once, of {', '.join(proxies_of(self))}, or all"),
             (re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", self.device), f"device={self.device!r:.60}",
              "choose auto, cpu, cuda or mps"),
         ]:
@@ -234,7 +237,7 @@ def flag(name: str) -> str:
 
 PRESETS = {
     # every stage in under a minute on two cores; says nothing about quality
-    "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, depth=2, head_dim=32,
+    "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, depth=2, row_len=96,
                   base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_vqa=2, arm_t2i=2, sample_steps=4,
                   eval_questions=100, eval_prompts=12, eval_masks=8, sample_every=20, save_every=10,
                   compile=False),
@@ -287,7 +290,7 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
 SHAPE_NAMES, COLOR_NAMES = list(SHAPES), list(COLORS)
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = (0.11, 0.172)                 # small and large, as a share of the image size
-SPLITS = {"train": 0, "val": 1, "arm": 2, "tokenizer": 3, "grid": 4}
+SPLITS = {"train": 0, "val": 1, "arm": 2, "tokenizer": 3, "grid": 4}        # val and grid are held out
 
 def uniforms(seed: int, split: str, index: np.ndarray, n: int) -> np.ndarray:
     """(B, n) numbers in [0, 1), a function of (seed, split, index) alone: the SplitMix64 counter hash."""
@@ -432,7 +435,7 @@ def render(cfg: Config, scenes: Scenes | Photos, shift: float = 0.0) -> Rendered
     category = per_object(scenes.shape + 1).gather(1, instance.flatten(1)).view_as(instance)
     return Rendered(image.clamp(0, 1), instance, category, depth, torch.zeros_like(instance))
 
-# ==== 3. Photographs: annotated data behind the same two functions ==========================================
+# ==== 3. Photographs: annotated data behind `sample` and `render` ============================================
 
 LARGEST = 100_000_000                 # bytes of a file, pixels of a picture; beyond is a mistake or an attack
 
@@ -1012,13 +1015,11 @@ def word_rng(scenes: Scenes, b: int) -> random.Random:
 
 def things(scenes: Scenes | Photos, b: int) -> list[Thing]:
     """What is in a picture. A thing with index -1 is too small, crowded or ill annotated to be asked about."""
-    found, asked = [], scenes.asked[b]
-    for m in range(int(scenes.count[b])):
-        found.append(Thing(
-            shape=scenes.names[scenes.shape[b, m]], color=scenes.colors[scenes.color[b, m]],
-            size=("small", "big")[scenes.size[b, m]], x=float(scenes.x[b, m]), y=float(scenes.y[b, m]),
-            radius=float(scenes.radius[b, m]), index=m if asked[m] else -1))
-    return found
+    asked = scenes.asked[b]                       # a property: once, not for each object
+    return [Thing(shape=scenes.names[scenes.shape[b, m]], color=scenes.colors[scenes.color[b, m]],
+                  size=("small", "big")[scenes.size[b, m]], x=float(scenes.x[b, m]), y=float(scenes.y[b, m]),
+                  radius=float(scenes.radius[b, m]), index=m if asked[m] else -1)
+            for m in range(int(scenes.count[b]))]
 
 def noun(color: str, shape: str) -> str:
     return f"{color} {shape}".strip()             # things on photographs have no color
@@ -1041,11 +1042,8 @@ def biggest(objects: list[Thing]) -> list[Thing]:
 def named(objects: list[Thing]) -> list[tuple[Thing, str]]:
     """Objects that can be told apart in words, with their shortest names: 'ring', or 'red ring' among rings."""
     shapes, nouns = Counter(o.shape for o in objects), Counter(noun(o.color, o.shape) for o in objects)
-    found = []
-    for o in objects:
-        full = noun(o.color, o.shape)
-        if nouns[full] == 1 and o.index >= 0:
-            found.append((o, o.shape if shapes[o.shape] == 1 else full))
+    found = [(o, o.shape if shapes[o.shape] == 1 else noun(o.color, o.shape))
+             for o in objects if nouns[noun(o.color, o.shape)] == 1 and o.index >= 0]
     return found + [(o, "biggest object") for o in biggest(objects)]
 
 def where(o: Thing, P: int) -> str:
@@ -1102,7 +1100,7 @@ def captions(objects: list[Thing], rng: random.Random | None = None) -> dict[str
 def describe(objects: list[Thing], rng: random.Random, P: int) -> str:
     """Everything there is to say about a scene, in random order: every word depends on the name before it, so
     this is the densest lesson in looking things up. Objects of a scene are listed back to front: of two that
-    overlap one is hidden; photographs do not say which. Of many things the five largest are told.
+    overlap one is hidden; photographs do not say which. Of many things the first five are told.
     """
     told = [o for o in objects if o.index >= 0][:5]
     parts = []
@@ -1245,10 +1243,8 @@ def caption(scenes: Scenes | Photos, b: int, rng: random.Random, cfg: Config) ->
 
 def find_words(data: Photographs, most: int = 600) -> str:
     """The vocabulary of a data set: the words of its names and the commonest ones of its training captions."""
-    counts = Counter()
-    for i in np.flatnonzero(data.split == 0):
-        for text in data.captions[i]:
-            counts.update(text.split())
+    counts = Counter(word for i in np.flatnonzero(data.split == 0)
+                     for text in data.captions[i] for word in text.split())
     words = " ".join([*data.names, *map(plural, data.names), "biggest", "nothing", "many"]).split()
     words += [word for word, n in counts.most_common(most) if n > 1 and re.fullmatch(r"\w+", word)]
     return " ".join(dict.fromkeys(words))
@@ -1328,11 +1324,9 @@ def referent(scenes: Scenes | Photos, b: int) -> Thing:
     return objects[int(scenes.seeds[b, 1] * len(objects))]
 
 def referring(cfg, scenes, r):
-    chosen = [referent(scenes, b) for b in range(len(scenes))]
-    shape = np.array([[scenes.names.index(o.shape)] for o in chosen])                             # (B, 1)
-    color = np.array([[scenes.colors.index(o.color)] for o in chosen])
-    match = scenes.painted & (scenes.shape == shape) & (scenes.color == color)                    # (B, M)
-    white = 8
+    chosen = np.array([[referent(scenes, b).index] for b in range(len(scenes))])                  # (B, 1)
+    same = lambda a: a == np.take_along_axis(a, chosen, 1)                                        # (B, M)
+    match, white = scenes.painted & same(scenes.shape) & same(scenes.color), 8
     return paint(r.instance, PALETTE[white * per_object(match.astype(np.int64))])
 
 def boxes(cfg, scenes, r):
@@ -1390,9 +1384,9 @@ def hole(x: Tensor, g: torch.Generator) -> Tensor:
     inside = (line >= corner[..., None]) & (line < corner[..., None] + P // 2)                    # (B, 2, P)
     return torch.where((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.5, x)
 
-# name → (level, prompts, target, source). All prompts have six tokens, every arm sees the same scenes, replay
-# and steps: arms differ in the target image alone. DIFFERS: restoring something needs something broken, so the
-# six arms with a `source` also change the image that is looked at; the paper does the same.
+# name → (level, prompts, target, source). All prompts about scenes have six tokens, every arm sees the same
+# scenes, replay and steps: arms differ in the target image alone. DIFFERS: restoring something needs something
+# broken, so the six arms with a `source` also change the image that is looked at; the paper does the same.
 INSTANCE_PROMPTS = ("segment instances with different colors.", "paint each object another color.")
 Proxy = namedtuple("Proxy", "level prompts target source", defaults=[None])
 PROXIES = {
@@ -1402,8 +1396,7 @@ PROXIES = {
     "semantic": Proxy("high", ("paint every class another color.", "segment objects by their kind."), semantic),
     "panoptic": Proxy("high", ("segment things and stuff separately.", "paint everything by its kind."),
                       panoptic),
-    "referring": Proxy("high", ("segment only the {color} {shape}.", "paint just the {color} {shape}."),
-                       referring),
+    "referring": Proxy("high", ("segment only the {name}.", "paint just the {name}."), referring),
     "boxes": Proxy("high", ("draw boxes around all objects.", "draw each object as box."), boxes),
     "depth": Proxy("mid", ("estimate the depth map now.", "show how near everything is."), depth),
     "novel_view": Proxy("mid", ("shift the camera right now.", "show it from another view."), novel_view),
@@ -1419,14 +1412,9 @@ PROXIES = {
     "derain": Proxy("low", ("remove rain from the image.", "clean streaks of the picture."), original, rain),
 }
 
-SCENE_ONLY = {"depth", "novel_view"}      # photographs do not tell
-
 def proxies_of(cfg: Config) -> list[str]:
-    return [name for name in PROXIES if not (cfg.photos and name in SCENE_ONLY)]
-
-def fill_in(prompt: str, color: str, shape: str) -> str:
-    """A prompt with the name of a thing, which on photographs has no color."""
-    return prompt.format(color=color, shape=shape).replace("  ", " ")
+    """The proxies that the data of a run can supervise: photographs tell no depth and one view only."""
+    return [name for name in PROXIES if not (cfg.photos and name in ("depth", "novel_view"))]
 
 def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Tensor, list[str], Tensor]:
     """What the model sees (B, 3, P, P), the prompts, and what it must draw (B, 3, P, P), for one proxy."""
@@ -1438,7 +1426,7 @@ def proxy_batch(cfg: Config, name: str, scenes: Scenes, r: Rendered) -> tuple[Te
         prompt = proxy.prompts[int(scenes.seeds[b, 3] * len(proxy.prompts))]
         if "{" in prompt:
             chosen = referent(scenes, b)
-            prompt = fill_in(prompt, chosen.color, chosen.shape)
+            prompt = prompt.format(name=noun(chosen.color, chosen.shape))
         prompts.append(prompt)
     return source, prompts, proxy.target(cfg, scenes, r)
 
@@ -1493,7 +1481,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # (B, H, S, D/H)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
-            k, v = cache.put(k, v, at)                                                        # (B, H, at+S, …)
+            k, v = cache.put(k, v, at)                                                        # (B, H, L, …)
         mixed = attention(q, k, v, layout)                                                    # (B, H, S, D/H)
         x = x + linear(mixed.transpose(1, 2).reshape(B, S, D), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
@@ -1544,13 +1532,10 @@ class VisionTokenizer(nn.Module):
         self.place = nn.Parameter(0.5 * torch.randn(cfg.tokens, width))
         self.decoder = nn.ModuleList(Block(width, 32) for _ in range(cfg.tok_depth))
         self.patch_out = matrix(3 * cfg.patch ** 2, width, gain=0.1)
-        levels = torch.tensor(cfg.levels)
-        self.register_buffer("levels", levels, persistent=False)                                  # (C,)
+        levels, (cos, sin) = torch.tensor(cfg.levels), rotary_table(grid_positions(cfg.grid), 32)
         basis = torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0)                             # (C,)
-        self.register_buffer("basis", basis, persistent=False)
-        cos, sin = rotary_table(grid_positions(cfg.grid), 32)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, value in dict(levels=levels, basis=basis, cos=cos, sin=sin).items():
+            self.register_buffer(name, value, persistent=False)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (…, C) of any size → the nearest code in (-1, 1), with a straight-through gradient, and its id (…).
@@ -1646,7 +1631,7 @@ def token_loss(h: Tensor, head: Tensor, target: Tensor) -> Tensor:
 # ==== 8. Batches: documents packed into rows of one length ==================================================
 
 class Batch(NamedTuple):
-    """Rows of S tokens, and where in the flat (B·S) rows everything lies. Shapes depend on the config alone."""
+    """Rows of S tokens, and where in the flat (B·S) rows everything lies; of equal shapes in every step."""
     ids: Tensor                       # (B, S) text ids; places of patches and image tokens hold 0
     slots: Tensor                     # (B, S) learned position
     positions: Tensor                 # (B, S, 2) rotary position
@@ -1705,21 +1690,23 @@ class Rows:
         ids, slots, positions = map(torch.from_numpy, (self.ids, self.slots, self.positions))
         return ids, slots, positions, Layout(*map(torch.from_numpy, self.spans))
 
-def flat_places(found: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *found]))      # found may be empty
-
 def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: str = "none", draws: int = 0,
                reach: float = 1.0) -> Batch:
     """The batch of a training step, a pure function of its arguments.
 
-    vqa dialogues, t2i captioned images and `draws` samples of one proxy, of different scenes unless arm_scenes
-    is set. The replay does not depend on the proxy, and the proxy's scenes do not depend on which proxy it is.
+    vqa dialogues, t2i captioned images and `draws` samples of one proxy, each of a new scene unless
+    question_scenes or arm_scenes is set. The replay does not depend on the proxy, and the proxy's scenes do not
+    depend on which proxy it is.
     """
     N, S, U = cfg.tokens, cfg.row_len, cfg.patches
     index = step * 4096 + np.r_[0:vqa + t2i, 2048:2048 + draws]           # replay, the proxy's from 2048 on
     rows, images, targets = Rows(cfg, len(index), S), [], []
     if vqa:
-        scenes = sample(cfg, split, index[:vqa])
+        asked, of = index[:vqa], split
+        if cfg.question_scenes:                                       # the same few to base and arms
+            few = np.random.default_rng([cfg.seed, step]).integers(cfg.question_scenes, size=vqa)
+            asked, of = 2 ** 41 + few, "train"
+        scenes = sample(cfg, of, asked)
         images.append(render(cfg, scenes).image)
         for i in range(vqa):
             rows.add(i, 0, *dialogue(cfg, things(scenes, i), word_rng(scenes, i), S - U), patches=True)
@@ -1747,9 +1734,10 @@ def make_batch(cfg: Config, split: str, step: int, vqa: int, t2i: int, proxy: st
     is_masked = u[:, 1:].argsort(1).argsort(1) < count                                            # (m, N)
     text_at = (np.arange(vqa)[:, None] * S + np.arange(U - 1, S - 1)).reshape(-1)
     text_target = rows.next.reshape(-1)[text_at]
-    return Batch(*rows.tensors(), images=torch.cat(images), patch_at=flat_places(rows.patch_at),
+    flat = lambda places: torch.from_numpy(np.concatenate(places))
+    return Batch(*rows.tensors(), images=torch.cat(images), patch_at=flat(rows.patch_at),
                  text_at=torch.from_numpy(text_at), text_target=torch.from_numpy(text_target),
-                 targets=torch.cat(targets), code_at=flat_places(rows.code_at),
+                 targets=torch.cat(targets), code_at=flat(rows.code_at),
                  is_masked=torch.from_numpy(is_masked), captioned=t2i, reach=torch.tensor(reach))
 
 def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=Block.forward,
@@ -1765,7 +1753,7 @@ def losses(model: UnifiedModel, tokenizer: VisionTokenizer, batch: Batch, block=
     x = model.embed_rows(ids, batch.slots, model.see(batch.images.to(dtype)), batch.patch_at).to(dtype)
     h = model.trunk(x, batch.positions, batch.layout, block=block).flatten(0, 1)                  # (B·S, D)
     h_captioned, h_proxy = h[batch.code_at].tensor_split([batch.captioned * codes.shape[1]])
-    h_proxy = h_proxy * batch.reach + h_proxy.detach() * (1 - batch.reach)        # the same; gates the gradient
+    h_proxy = h_proxy * batch.reach + h_proxy.detach() * (1 - batch.reach)        # no gradient where reach is 0
     each = token_loss(torch.cat([h_captioned, h_proxy]), model.image_head, codes.flatten()).view_as(codes)
     each = each * batch.is_masked                                                                 # (m, N)
     out = {}
@@ -1784,10 +1772,8 @@ def cast_once(function):
     @functools.wraps(function)
     @torch.no_grad()
     def run(model: UnifiedModel, *args):
-        low = {}
-        for name, weight in model.named_parameters():
-            if name not in ("embed", "place"):
-                low[name] = weight.to(compute_dtype(weight.device))
+        low = {name: weight.to(compute_dtype(weight.device)) for name, weight in model.named_parameters()
+               if name not in ("embed", "place")}
         return torch.func.functional_call(model, low, (function, *args))
     return run
 
@@ -1809,7 +1795,7 @@ def condition(model: UnifiedModel, texts: list[list[int]], image: Tensor | None)
     for b, text in enumerate(texts):
         rows.add(b, L - U - len(text), text, patches=image is not None)
     ids, slots, positions, layout = (x.to(device) for x in rows.tensors())
-    patch_at = flat_places(rows.patch_at).to(device) if U else None
+    patch_at = torch.from_numpy(np.concatenate(rows.patch_at)).to(device) if U else None
     return Condition(ids, slots, positions, layout, image, patch_at)
 
 def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tensor]:
@@ -1822,11 +1808,6 @@ def read(model: UnifiedModel, seen: Condition, room: int) -> tuple[Tensor, Tenso
     memory = x.new_zeros(cfg.depth, 2, B, L + room, cfg.width // cfg.head_dim, cfg.head_dim).transpose(3, 4)
     h = model.trunk(x, seen.positions, seen.layout, [KVCache(*m) for m in memory])                # (B, L, D)
     return h[:, -1], memory
-
-def prefill(model: UnifiedModel, texts: list[list[int]], image: Tensor | None, room: int
-            ) -> tuple[Tensor, Tensor]:
-    """`read` texts, after images (B, 3, P, P) if given."""
-    return read(model, condition(model, texts, image), room)
 
 @cast_once
 def refine(model: UnifiedModel, tokenizer: VisionTokenizer, seen: Condition, noise: Tensor, guidance: float,
@@ -2049,6 +2030,7 @@ class Run:
         self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ on resuming
+# may differ from the run that --base names: neither tokenizer nor base knows them
 ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr",
              "head_steps", "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions",
              "eval_prompts", "eval_masks", "sample_every"}
@@ -2062,12 +2044,12 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after the state has been saved; carries the exit code."""
 
 def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int, rates: tuple[float, float],
-                make, step_losses, sample, phases: int = 1):
+                make, step_losses, draw_grid, phases: int = 1):
     """The training loop of every stage: a batch, a step, the log, now and then a sample grid and a checkpoint.
 
     `make(step)` builds a batch, a pure function of the step, so a resumed run repeats the same numbers bit for
     bit; `step_losses(batch)` returns named losses; a GPU records it once, so what changes between steps must be
-    in the batch. `rates` of Muon and AdamW rise and fall in each of `phases`; `sample(step)` draws a grid.
+    in the batch. `rates` of Muon and AdamW rise and fall in each of `phases`; `draw_grid(step)` writes samples.
     """
     device = next(module.parameters()).device
     weights = {"mse": 4.0, "text": cfg.text_weight, "t2i": cfg.image_weight, "proxy": cfg.image_weight}
@@ -2075,6 +2057,8 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
     state, meta = run.load("state") if run.done("state") else ({}, {})
     if meta.get("stage") == name:
         start = int(meta["step"])
+        if meta.get("world", "1") != str(WORLD):   # the steps ahead would repeat batches, or leave some out
+            raise UserError(f"{name} was begun by {meta.get('world', 1)} processes, not {WORLD}; use as many")
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         module.load_state_dict(part("module."))
         optimizer.load(part("optimizer."))
@@ -2095,10 +2079,10 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
     def checkpoint(step: int) -> None:
         tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
         tensors.update({f"optimizer.{k}": v for k, v in optimizer.state().items()})
-        run.save("state", tensors, stage=name, step=step)
+        run.save("state", tensors, stage=name, step=step, world=WORLD)
 
     if start == 0 and not RANK:
-        sample(0)
+        draw_grid(0)
     stopped: list[int] = []
     # several processes would stop at different steps: there a signal ends them, and the last checkpoint counts
     previous = {s: signal.signal(s, lambda number, frame: stopped.append(number))
@@ -2127,7 +2111,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
                     log.write(json.dumps({"stage": name, "step": step, **values,
                                           "seconds": round(time.perf_counter() - began, 2)}) + "\n")
                 if not RANK and ((step + 1) % cfg.sample_every == 0 or step + 1 == steps):
-                    sample(step + 1)
+                    draw_grid(step + 1)
                 if step + 1 < steps and (stopped or (step + 1) % cfg.save_every == 0):
                     checkpoint(step + 1)
                     if stopped:
@@ -2156,7 +2140,7 @@ def choose_device(cfg: Config) -> tuple[torch.device, str]:
     if not {"cpu": True, "mps": mps, "cuda": (device.index or 0) < torch.cuda.device_count()}[device.type]:
         raise UserError(f"there is no device {cfg.device} here; try --device auto")
     if device.type == "cuda":
-        torch.cuda.set_device(device)              # Triton and graphs work on the current device
+        torch.cuda.set_device(device.index or 0)   # Triton and graphs work on the current device
     return device, "asked for"
 
 def picture_grid(rows: list[tuple[str, Tensor, list[str] | None]], cell: int = 96) -> bytes:
@@ -2218,20 +2202,24 @@ def with_names(cfg: Config) -> tuple[Config, str]:
     complaint, names = data.complain(cfg.tolerate), ",".join(data.names)
     if cfg.categories not in ("", names):
         raise UserError(f"categories={cfg.categories!r:.60} are not those of {cfg.data}; leave them out")
-    cfg = dataclasses.replace(cfg, categories=names, words=cfg.words or find_words(data))
+    words = f"{cfg.words} {find_words(data, 0)}" if cfg.words else find_words(data)
+    cfg = dataclasses.replace(cfg, categories=names, words=" ".join(dict.fromkeys(words.split())))
     cfg.validate()
     for use, split in itertools.product(USES, ("train", "val")):
         data.pool(split, use)                      # complains about what is missing before anything is written
     return cfg, complaint
 
 def join_processes(device: torch.device) -> torch.device:
-    """Meet the other processes of torchrun; returns the device of this one."""
+    """Meet the other processes of torchrun; returns the device of this one. They wait for the first to read many
+    photographs, hence the hours.
+    """
+    hours = datetime.timedelta(hours=6)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl", device_id=device)
+        torch.distributed.init_process_group("nccl", timeout=hours, device_id=device)
     else:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=hours)
     return device
 
 def train(cfg: Config, run: Run, other: Run | None = None) -> None:
@@ -2241,11 +2229,11 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     from eval import evaluate, show
     device, why = choose_device(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    cfg, complaint = with_names(cfg)
     if WORLD > 1:
         device = join_processes(device)
     if RANK:                                      # what the first process writes is there for all
         together()
+    cfg, complaint = with_names(cfg)
     if other:
         borrow(cfg, run, other)
     run.open(cfg)
@@ -2262,9 +2250,7 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     val = sample(cfg, "grid", np.arange(8), "masks")
     val_r = render(cfg, val)
     seen = val_r.image.to(device)
-    grid_prompts = GRID_PROMPTS
-    if cfg.photos:
-        grid_prompts = [caption(val, b, word_rng(val, b), cfg) for b in range(8)]
+    grid_prompts = [caption(val, b, word_rng(val, b), cfg) for b in range(8)] if cfg.photos else GRID_PROMPTS
 
     own = lambda step: step * WORLD + RANK                            # the batch that this process takes
     torch.manual_seed(cfg.seed)
@@ -2281,8 +2267,7 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
         run.write(f"samples/tokenizer_{step:06d}.png", picture_grid(rows))
 
     def sample_model(model: UnifiedModel, name: str, step: int) -> None:
-        objects = [[name for _, name in named(things(val, b))] for b in range(len(val))]
-        names = [found[0] if found else "object" for found in objects]
+        names = [next((word for _, word in named(things(val, b))), "object") for b in range(len(val))]
         answers = answer(model, seen, [f"where is the {name}?" for name in names], 4)
         texts = [[Text.BOS] + cfg.text.encode(p) for p in grid_prompts]
         rows = [("text to image", generate(model, tokenizer, texts, guidance=cfg.guidance), grid_prompts),
@@ -2308,7 +2293,7 @@ def train(cfg: Config, run: Run, other: Run | None = None) -> None:
     for arm in cfg.arms:
         if not run.done(arm):
             model = run.restore("base", UnifiedModel(cfg).to(device)).requires_grad_(True)
-            samples = 0 if arm == "none" or not cfg.ratio else max(2, round(cfg.ratio * cfg.arm_vqa))
+            samples = 0 if arm == "none" else cfg.draws
             first = cfg.arm_steps if cfg.schedule == "sequential" and samples else 0      # of the proxy alone
 
             def make(step: int) -> Batch:
@@ -2363,10 +2348,11 @@ def push(run: Run, name: str, public: bool) -> None:
     """Publish a finished run on the Hub in one commit, with a model card; no photographs: they are others'."""
     if "@" in name or not HUB_NAME.fullmatch(name):
         raise UserError(f"--push {name!r} is no name on the Hub; give user/repo")
-    cfg = run.config()
+    cfg, picture = run.config(), ""
     texts, others = ["config.json", "report.json", "report.md"], []
     if not cfg.photos:
         texts, others = texts + ["report.html"], ["samples/comparison.png"]
+        picture = f"\n![Scenes and prompts, as every model of the run draws them]({others[0]})\n"
     stages = [f"{stage}.safetensors" for stage in ("tokenizer", "base", *cfg.arms)]
     files = {file: run.folder / file for file in [*texts, *stages, *others]}
     for file, path in files.items():
@@ -2377,8 +2363,6 @@ def push(run: Run, name: str, public: bool) -> None:
     changed = {f.name: str(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)
                if f.name not in NOT_PART_OF_A_RUN | {"words"} and getattr(cfg, f.name) != f.default}
     settings = " ".join(f"`{flag(k)} {v}`" for k, v in changed.items()) or "none"
-    picture = "\n![Scenes and prompts, as every model of the run draws them](samples/comparison.png)\n"
-    picture = "" if cfg.photos else picture
     files["README.md"] = CARD.format(name=name, things=plural(cfg.shape_names[0]), picture=picture,
                                      report=files["report.md"].strip(), settings=settings)
     for file in ["README.md", *texts]:
@@ -2451,20 +2435,27 @@ def save_picture(image: Image.Image, path: str) -> None:
 
 def use(args: argparse.Namespace, given: dict) -> None:
     """The four verbs on a trained run."""
-    if args.out is not None:
-        writable(args.out, ".png", ".jpg", ".jpeg", ".webp")
     proxy = args.proxy or "instance"
     if proxy not in PROXIES or proxy == "none":
         raise UserError(f"there is no proxy {proxy!r} to draw; "
                         f"choose from {', '.join(n for n in PROXIES if n != 'none')}")
     pushed = args.push is not None
-    useful = {"seed", "guidance", "sample_steps", "temperature", "token_temperature", "device", "threads"}
-    useless = sorted(set(given) - (set() if pushed else useful))
+    useful = {"device", "threads"} if not pushed else set()
+    if args.generate is not None or args.segment is not None:
+        useful |= {"sample_steps", "temperature"}
+    if args.generate is not None or "temperature" in useful & set(given):     # else nothing is random
+        useful |= {"seed", "token_temperature"}
+    if args.generate is not None:
+        useful |= {"guidance"}
+    useless = sorted(set(given) - useful)
     idle = {"base": True, "preset": True, "proxy": args.segment is None, "model": pushed,
             "out": args.ask is not None or pushed, "public": not pushed}
     useless += [name for name in idle if idle[name] and getattr(args, name)]
     if useless:
         raise UserError(f"{flag(useless[0])} has no effect here; leave it out")
+    out = args.out or (f"{Path(args.segment).stem}.{proxy}.png" if args.segment is not None else "out.png")
+    if args.generate is not None or args.segment is not None:
+        writable(out, ".png", ".jpg", ".jpeg", ".webp")
     run = find_run(args.run)
     if pushed:
         return push(run, args.push, args.public)
@@ -2477,26 +2468,26 @@ def use(args: argparse.Namespace, given: dict) -> None:
     draw = lambda ids, image=None, **kw: generate(model, tokenizer, [ids], image, seed=wanted.seed, **kw)[0]
     if args.ask is not None:
         image, _ = read_image(args.ask[0], cfg.image_size)
-        prompt_ids(cfg, args.ask[1], cfg.row_len - cfg.patches - 8)        # complains about what it cannot take
-        text = " ".join(args.ask[1].lower().split())
+        text = cfg.text.decode(prompt_ids(cfg, args.ask[1], cfg.row_len - cfg.patches - 8))
         print(answer(model, image.to(device), [text if text[-1] in "?." else text + "?"], limit=60)[0])
+        print(f"({run.folder}, model {arm})", file=sys.stderr)
         return
     if args.generate is not None:
         ids = [Text.BOS] + prompt_ids(cfg, args.generate, cfg.prompt_len - 1)
         sheet = to_pil(draw(ids, guidance=wanted.guidance))
         sheet = sheet.resize((max(256 // cfg.image_size, 1) * cfg.image_size,) * 2, Image.NEAREST)
-        out, found = args.out or "out.png", ""
+        found = ""
     else:
         image, picture = read_image(args.segment, cfg.image_size)
         # names what is to be cut out, for a proxy that needs a name
-        prompt = fill_in(PROXIES[proxy].prompts[0], cfg.color_names[0], cfg.shape_names[0])
+        prompt = PROXIES[proxy].prompts[0].format(name=noun(cfg.color_names[0], cfg.shape_names[0]))
         drawn = draw(cfg.text.encode(prompt), image.to(device), temperature=given.get("temperature", 0.0))
         scale = max(1.0, 256 / max(picture.size))
         size = tuple(max(1, round(side * scale)) for side in picture.size)
         sheet = Image.new("RGB", (size[0] * 2 + 4, size[1]), "white")  # the picture, and what was drawn of it
         sheet.paste(picture.resize(size, Image.NEAREST if scale > 1 else Image.BICUBIC), (0, 0))
         sheet.paste(to_pil(drawn).resize(size, Image.NEAREST), (size[0] + 4, 0))
-        out, found = args.out or f"{Path(args.segment).stem}.{proxy}.png", f"asked to {prompt.rstrip('.')}; "
+        found = f"asked to {prompt.rstrip('.')}; "
         if proxy == "instance":
             from eval import masks_of
             found += f"{len(masks_of(drawn[None], cfg.max_objects)[0])} object(s); "
@@ -2509,11 +2500,12 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--train", action="store_true", help="train and compare, or resume")
-    p.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
-    p.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question about a picture")
-    p.add_argument("--segment", metavar="IMAGE", help="draw the instances (or --proxy NAME) of a picture")
-    p.add_argument("--push", metavar="USER/REPO", help="publish a finished run on the Hub, privately")
+    verb = p.add_mutually_exclusive_group(required=True)
+    verb.add_argument("--train", action="store_true", help="train and compare, or resume")
+    verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
+    verb.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question about a picture")
+    verb.add_argument("--segment", metavar="IMAGE", help="draw the instances (or --proxy NAME) of a picture")
+    verb.add_argument("--push", metavar="USER/REPO", help="publish a finished run on the Hub, privately")
     p.add_argument("--public", action="store_true", help="with --push: for everyone")
     p.add_argument("--run", metavar="RUN",
                    help="folder of a run, its name under runs/, or user/repo[@revision] "
@@ -2542,11 +2534,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         given = {k[4:]: v for k, v in vars(args).items() if k.startswith("cfg_")}
-        verbs = ("train", "generate", "ask", "segment", "push")
-        verbs = [verb for verb in verbs if getattr(args, verb) not in (None, False)]
-        if len(verbs) != 1:
-            raise UserError(f"got {' and '.join(map(flag, verbs)) or 'nothing to do'}; "
-                            "give one of --train, --generate, --ask, --segment, --push (see --help)")
         if args.train:
             if RANK:
                 sys.stdout = open(os.devnull, "w")                    # the first process speaks for all
@@ -2571,8 +2558,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; "
                                 f"for one say ./{args.run}")
             where = cfg.data.partition(":")[2]                    # of photographs; their folder names the run
-            name = args.run or (Path(os.path.abspath(os.path.expanduser(where))).stem if where else preset)
-            train(cfg, find_run(name or preset), find_run(args.base) if args.base else None)
+            name = args.run or where and Path(os.path.abspath(os.path.expanduser(where))).stem or preset
+            train(cfg, find_run(name), find_run(args.base) if args.base else None)
         else:
             use(args, given)
         return 0
