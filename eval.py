@@ -699,9 +699,9 @@ def markdown(report: dict) -> str:
 def read_report(run: sgt.Run) -> dict:
     try:
         report = json.loads((run.folder / "report.json").read_text())
-        markdown(report)                           # whatever is missing shows here
+        markdown(report), report["config"], report["seed"]            # whatever is missing shows here
         return report
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as e:
         raise UserError(f"{run.folder} has no readable report.json ({e.__class__.__name__}); "
                         f"make one with: python eval.py {run.folder} --again") from None
 
@@ -914,7 +914,7 @@ def write_html(run: sgt.Run, report: dict) -> None:
                 if name not in ("stage", "step", "seconds"):
                     curves[name].append((line["step"], min(value, 8)))
         body.append(chart(f"loss: {label(stage)}", curves))
-    for path in sorted(samples.glob("*_*.png")):
+    for path in sorted(samples.glob("*_[0-9][0-9][0-9][0-9][0-9][0-9].png")):
         stage, step = path.stem.rsplit("_", 1)
         if int(step):
             body.append(picture(f"{label(stage)}: samples at step {int(step)}", path))
