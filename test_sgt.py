@@ -39,7 +39,7 @@ from sgt import PRESETS, PROXIES, QUESTIONS, TEXT, Config, Text, Thing
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")           # of pycocotools, for each mask
-CFG = Config(**{**PRESETS["smoke"], "seed": 3})
+CFG = Config(**{**PRESETS["smoke"], "seed": 3, "row_len": 88})
 DRAWN = [name for name in PROXIES if name != "none"]
 
 def models(cfg=CFG, seed=0):
@@ -669,12 +669,10 @@ def test_recorded_pictures_and_answers_are_those_of_plain_calls(tapes, exact, mo
     model.image_head.data *= 50
     model.text_head.data *= 50
     monkeypatch.setattr(kernels, "GRAPHS", False)
-    same = []
     for i, (drawn, cut, said) in enumerate(recorded):
         plain = use(i)
-        same += [torch.allclose(drawn, plain[0], atol=1e-4), torch.allclose(cut, plain[1], atol=1e-4), said == plain[2]]
+        assert torch.allclose(drawn, plain[0], atol=1e-4) and torch.allclose(cut, plain[1], atol=1e-4) and said == plain[2], i
         assert len(tapes) == 5
-    assert sum(same) >= len(same) - 1, same         # what is recorded is padded: rounding may turn a token over
 
 def test_a_recorded_training_step_trains_as_a_plain_one(tapes, exact, monkeypatch, tmp_path):
     """A batch, a learning rate or the state of an optimizer that became a constant."""
