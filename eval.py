@@ -1040,9 +1040,9 @@ def export_scenes(cfg: Config, folder: Path, count: int) -> str:
     out.write("instances.json", json.dumps(found).encode())
     return f"wrote {count} scenes with {len(found['annotations'])} masks to {folder}"
 
-def speed(cfg: Config) -> str:
+def speed(cfg: Config, device: torch.device) -> str:
     """Throughput of a run's model, beside plain eager fp32 PyTorch; weights do not matter for it."""
-    found, rows = kernels.bench(4.0, cfg), []
+    found, rows = kernels.bench(4.0, cfg, device), []
     for name, key, n in (("training samples", "train step", cfg.vqa_batch + cfg.t2i_batch),
                          ("answers", "64 answers of 4 tokens", 64),
                          ("pictures", "64 pictures, guidance", 64)):
@@ -1099,7 +1099,7 @@ def command(argv: list[str] | None) -> str:
         beside = f"beside {sgt.flag(alone[0])}" if alone else "here"
         raise UserError(f"{sgt.flag(useless[0])} has no effect {beside}; leave it out")
     if args.speed:
-        return speed(cfg)
+        return speed(cfg, device)
     if args.export_scenes:
         return export_scenes(cfg, Path(args.export_scenes), cfg.eval_masks)
     for run in runs:

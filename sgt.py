@@ -13,7 +13,7 @@ understanding patches, so the dense loss of the drawing flows into the features 
 (arXiv 2605.18714).
 
     1. Config        one flat dataclass is the command line       7. Model      one transformer, two heads
-    2. Scenes        the data set: endless, rendered, exact       8. Batches    documents packed into rows
+    2. Scenes        the data set: endless, rendered, exact       8. Batches    documents placed in rows
     3. Photographs   COCO, VOC, SA-1B, the Hub, a cache           9. Sampling   answers and pictures
     4. Language      words, captions, questions                  10. Training   one loop, the run folder
     5. Proxies       one table: name → target image              11. Commands   train, generate, ask, push, …
@@ -2497,6 +2497,13 @@ def use(args: argparse.Namespace, given: dict) -> None:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; see python {self.prog} --help")
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():             # --run "$NAME" of a name that is not set
+            if value in ("", [""]):
+                self.error(f"{flag(name.removeprefix('cfg_'))} is empty; give a value or leave it out")
+        return args
 
 def parser() -> Parser:
     p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)

@@ -416,21 +416,26 @@ def test_a_recorded_step_is_the_step_where_there_is_no_graph():
 
 def test_the_split_baseline_is_the_same_attention_where_it_applies():
     """A baseline that is beaten because it computes something else."""
-    spans = np.zeros((4, 2, 14), np.int32)
+    blocks, spans = [("image", 5), ("text", 4), ("image", 5)], np.zeros((4, 2, 14), np.int32)
     for row in range(2):
-        kernels.write_document(spans, row, 0, [("image", 5), ("text", 4), ("image", 5)])
+        kernels.write_document(spans, row, 0, blocks)
     layout = kernels.Layout(*map(torch.from_numpy, spans))
     q, k, v = torch.randn(3, 2, 2, 14, 8)
     want = kernels.attention_reference(q, k, v, layout)[0]
-    assert torch.allclose(kernels.attention_split(q, k, v, layout), want, atol=1e-5)
-    with pytest.raises(ValueError):
-        kernels.attention_split(q, k, v, random_layout(2, 14, 14))
+    assert torch.allclose(kernels.attention_split(q, k, v, blocks), want, atol=1e-5)
 
-def test_an_unknown_backend_is_a_mistake_of_the_user():
-    """Measuring something else than what was asked for."""
-    done = subprocess.run([sys.executable, str(HERE / "sgt.py"), "--help"], env={**os.environ, "SGT_KERNELS": "fast"},
+@pytest.mark.parametrize("name", ["fast"] + ["flex"] * (not torch.cuda.is_available()))
+def test_an_unknown_backend_is_a_mistake_of_the_user(name):
+    """Measuring something else than what was asked for; FlexAttention, which has no backward on a CPU, in a traceback."""
+    done = subprocess.run([sys.executable, str(HERE / "sgt.py"), "--help"], env={**os.environ, "SGT_KERNELS": name},
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "fast" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and name in done.stderr
+
+def test_triton_refuses_heads_that_it_has_no_tiles_for(capsys):
+    """A traceback out of a compiler, or half of a head left out."""
+    with pytest.raises(SystemExit):
+        kernels.attention(*torch.zeros(3, 1, 2, 16, 24), random_layout(1, 16, 16), "triton")
+    assert capsys.readouterr().err == "error: Triton takes heads of 16, 32, 64 or 128 on a GPU, not of 24 on cpu; leave out SGT_KERNELS=triton\n"
 
 def test_the_benchmark_measures_everything_it_prints():
     """A table with a hole; a ratio of nothing."""
@@ -1090,7 +1095,8 @@ def test_the_verbs_work_on_any_picture(trained, tmp_path):
     (["--train", "--lr", "fast"], "lr"), (["--generate", "x", "--device", "cuda:9"], "cuda:9"),
     (["--generate", "x", "--out", "runs/smoke/report.png"], "files of a run"), (["--generate", "x", "--out", "."], "ends with"),
     (["--generate", "x", "--out", "runs/smoke/base.safetensors"], "ends with"),
-    (["--ask", "junk.png", "x?", "--guidance", 3], "no effect"), (["--segment", "junk.png", "--seed", 3], "no effect")])
+    (["--ask", "junk.png", "x?", "--guidance", 3], "no effect"), (["--segment", "junk.png", "--seed", 3], "no effect"),
+    (["--generate", "x", "--run", ""], "--run is empty"), (["--train", "--preset", "smoke", "--data", ""], "--data is empty")])
 def test_a_mistake_gets_one_line_and_exit_code_two_and_changes_nothing(trained, args, says, monkeypatch, capsys):
     """A traceback; a half-written file; a run overwritten with other settings."""
     folder, _ = trained
