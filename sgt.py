@@ -125,6 +125,7 @@ class Config:
     head_steps: int = 0               # arms: so many first steps in which the proxy trains the image head alone
     # sampling
     sample_steps: int = 12            # parallel refinement steps of one image
+    proxy_steps: int = 2              # the same of what a proxy asks for, which leaves little open
     guidance: float = 2.0             # guidance scale of generation; 1 = conditional only
     token_temperature: float = 0.8    # randomness of the tokens that are drawn
     temperature: float = 6.0          # randomness in the order of unmasking, annealed; 0 = none anywhere
@@ -226,7 +227,7 @@ LIMITS = {
     "tok_width": (32, 2 ** 15), "tok_depth": (1, 1000), "tok_reach": (1, 64), "tok_batch": (2, 4096),
     "width": (8, 2 ** 15), "depth": (1, 1000), "head_dim": (8, 2 ** 15),
     "vqa_batch": (2, 4096), "t2i_batch": (2, 4096), "arm_vqa": (2, 2048), "arm_t2i": (2, 2048),
-    "ratio": (0, 100), "condition_drop": (0, 0.99), "sample_steps": (1, 4096),
+    "ratio": (0, 100), "condition_drop": (0, 0.99), "sample_steps": (1, 4096), "proxy_steps": (1, 4096),
     "lr": (1e-9, 10), "adam_lr": (1e-9, 10), "tok_adam_lr": (1e-9, 10), "arm_lr": (1e-9, 100),
     **dict.fromkeys(["tok_steps", "base_steps", "arm_steps", "sample_every", "save_every"], (1, 10 ** 9)),
     **dict.fromkeys(["eval_questions", "eval_prompts", "eval_masks"], (1, 10 ** 6)),
@@ -256,10 +257,9 @@ PRESETS = {
                  arm_vqa=32, arm_t2i=32, adam_lr=0.003, eval_questions=8000, eval_prompts=1200,
                  eval_masks=1000, sample_every=5000, save_every=1000),
     # photographs at 64 pixels on a CPU, half an hour: small data are learned by heart. 15,360 codes would cost
-    # as much as the transformer. Masks of a model that is unsure turn all black in more than a few steps: black
-    # is its safest guess
+    # as much as the transformer
     "coco-tiny": dict(image_size=64, patch=8, see_patch=8, max_objects=6, tok_reach=2, tok_steps=2000,
-                      base_steps=1000, arm_steps=1200, arm_lr=0.6, sample_steps=2, row_len=152, prompt_len=24,
+                      base_steps=1000, arm_steps=1200, arm_lr=0.6, row_len=152, prompt_len=24,
                       eval_questions=1600),
 }
 
@@ -1863,7 +1863,8 @@ def generate(model: UnifiedModel, tokenizer: VisionTokenizer, texts: list[list[i
     every step and at the end.
     """
     cfg, device, shape = model.cfg, model.embed.device, (len(texts), model.cfg.tokens)
-    steps = steps or cfg.sample_steps
+    # where the model is unsure of a mask each step takes the last one's guesses for granted: few are better
+    steps = steps or (cfg.sample_steps if image is None else cfg.proxy_steps)
     temperature = cfg.temperature if temperature is None else temperature
     g = torch.Generator(device).manual_seed(seed)
     noise = torch.zeros(steps, 2, *shape, device=device)                                  # (steps, 2, B, N)
@@ -2032,8 +2033,8 @@ class Run:
 NOT_PART_OF_A_RUN = {"device", "threads", "compile", "save_every", "tolerate"}    # may differ on resuming
 # may differ from the run that --base names: neither tokenizer nor base knows them
 ONLY_ARMS = {"arm_steps", "arm_vqa", "arm_t2i", "ratio", "arm_scenes", "proxies", "schedule", "arm_lr",
-             "head_steps", "sample_steps", "guidance", "token_temperature", "temperature", "eval_questions",
-             "eval_prompts", "eval_masks", "sample_every"}
+             "head_steps", "sample_steps", "proxy_steps", "guidance", "token_temperature", "temperature",
+             "eval_questions", "eval_prompts", "eval_masks", "sample_every"}
 
 def together() -> None:
     """Wait for the other processes, if there are any."""
@@ -2062,7 +2063,7 @@ def train_stage(run: Run, cfg: Config, name: str, module: nn.Module, steps: int,
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         module.load_state_dict(part("module."))
         optimizer.load(part("optimizer."))
-    del state
+    state = None                                   # free what has been copied
     run.log_until(name, start)
 
     def update(batch, scale: Tensor) -> dict[str, Tensor]:
@@ -2180,11 +2181,12 @@ GRID_PROMPTS = ["a red circle", "a square", "two blue circles", "three yellow ri
 def borrow(cfg: Config, run: Run, other: Run) -> None:
     """Take tokenizer and base of another run that trained them with the same settings, to train other arms."""
     theirs = other.config()
-    different = [k for k, v in dataclasses.asdict(cfg).items()
+    different = [f"{k} ({getattr(theirs, k)!r:.60} there, {v!r:.60} now)"
+                 for k, v in dataclasses.asdict(cfg).items()
                  if k not in NOT_PART_OF_A_RUN | ONLY_ARMS and getattr(theirs, k) != v]
     if different:
-        raise UserError(f"{other.folder} trained its base with other settings ({', '.join(different)}); "
-                        "use these, or no --base")
+        raise UserError(f"{other.folder} trained its base with other settings: {', '.join(different)}; "
+                        "leave out what differs, or --base")
     for name in ("tokenizer", "base"):
         if not other.done(name):
             raise UserError(f"{other.folder} has no finished {name}; "
@@ -2442,7 +2444,7 @@ def use(args: argparse.Namespace, given: dict) -> None:
     pushed = args.push is not None
     useful = {"device", "threads"} if not pushed else set()
     if args.generate is not None or args.segment is not None:
-        useful |= {"sample_steps", "temperature"}
+        useful |= {"temperature", "sample_steps" if args.generate is not None else "proxy_steps"}
     if args.generate is not None or "temperature" in useful & set(given):     # else nothing is random
         useful |= {"seed", "token_temperature"}
     if args.generate is not None:
@@ -2520,7 +2522,7 @@ def parser() -> Parser:
     p.add_argument("--preset", choices=sorted(PRESETS), help="size of everything; default: tiny on a CPU, base "
                    "on a GPU; coco-tiny and coco for --data")
     p.add_argument("--base", metavar="RUN",
-                   help="with --train: take tokenizer and base model from this run, train other arms")
+                   help="with --train: take tokenizer, base model and settings from this run, train other arms")
     p.add_argument("--model", metavar="NAME", help="which model of a run: base, none (SFT), instance, …")
     p.add_argument("--proxy", metavar="NAME", help="what --segment draws")
     p.add_argument("--out", metavar="FILE", help="where to write the picture")
@@ -2544,29 +2546,34 @@ def main(argv: list[str] | None = None) -> int:
         if args.train:
             if RANK:
                 sys.stdout = open(os.devnull, "w")                    # the first process speaks for all
-            photos = given.get("data", "scenes") != "scenes"
-            preset = args.preset
-            if not preset:
+            preset, photos = args.preset, given.get("data", "scenes") != "scenes"
+            other = find_run(args.base) if args.base else None
+            if other and not preset:                                  # whatever is not said is as it was there
+                start = dataclasses.asdict(other.config())
+                print(f"settings of {other.folder}, but for those that are given")
+            elif not preset:
                 gpu = torch.cuda.is_available() and given.get("device") != "cpu"
                 small, large = ("coco-tiny", "coco") if photos else ("tiny", "base")
                 preset = large if gpu else small
                 print(f"preset {preset}: the default {'on a GPU' if gpu else 'without a CUDA GPU'}"
                       + " for photographs" * photos)
+            if preset:
+                start = PRESETS[preset]
             for name in ("model", "proxy", "out", "public"):
                 if getattr(args, name):
                     raise UserError(f"{flag(name)} is for using a run, not for --train"
                                     + ("; did you mean --proxies?" if name == "proxy" else "; leave it out"))
-            if preset.startswith("coco") and not photos:
+            if preset in ("coco", "coco-tiny") and not photos:
                 raise UserError(f"the preset {preset} is for photographs; "
                                 "add --data coco:DIR, or choose another")
-            cfg = Config(**{**PRESETS[preset], **given})
+            cfg = Config(**{**start, **given})
             cfg.validate()
             if args.run and on_hub(args.run):
                 raise UserError(f"--run {args.run} is a name on the Hub, and --train writes a folder; "
                                 f"for one say ./{args.run}")
             where = cfg.data.partition(":")[2]                    # of photographs; their folder names the run
-            name = args.run or where and Path(os.path.abspath(os.path.expanduser(where))).stem or preset
-            train(cfg, find_run(name), find_run(args.base) if args.base else None)
+            named = where and Path(os.path.abspath(os.path.expanduser(where))).stem
+            train(cfg, find_run(args.run or named or preset or other.folder.name), other)
         else:
             use(args, given)
         return 0

@@ -995,10 +995,14 @@ def test_another_arm_can_grow_on_a_finished_base(trained, capsys, monkeypatch):
     folder, _ = trained
     monkeypatch.chdir(folder)
     smoke, other = folder / "runs/smoke", folder / "elsewhere"
-    args = ["--train", "--preset", "smoke", "--base", str(smoke), "--run", str(other), "--ratio", "1", "--proxies", "none,depth",
+    args = ["--train", "--base", str(smoke), "--run", str(other), "--ratio", "1", "--proxies", "none,depth",
             "--arm-scenes", "2", "--eval-questions", "10", "--eval-prompts", "6", "--eval-masks", "2", "--arm-steps", "2"]
-    assert sgt.main([*args, "--depth", "3"]) == 2 and "(depth)" in capsys.readouterr().err and not other.exists()
-    assert sgt.main(args) == 0 and (other / "depth.safetensors").exists()
+    for wrong in (["--depth", "3"], ["--preset", "tiny"]):
+        assert sgt.main([*args, *wrong]) == 2 and not other.exists()
+        assert f"depth (2 there, {wrong[1].replace('tiny', '4')} now)" in capsys.readouterr().err
+    assert sgt.main(args) == 0 and (other / "depth.safetensors").exists()      # the rest is as it was there
+    changed = {k for k, v in json.loads((other / "config.json").read_text()).items() if json.loads((smoke / "config.json").read_text())[k] != v}
+    assert changed == {"ratio", "proxies", "arm_scenes", "eval_questions", "eval_prompts", "eval_masks", "arm_steps"}
     assert (other / "base.safetensors").read_bytes() == (smoke / "base.safetensors").read_bytes()
     assert {json.loads(line)["stage"] for line in (other / "log.jsonl").read_text().splitlines()} == {"none", "depth"}
 
