@@ -2549,7 +2549,7 @@ def main(argv: list[str] | None = None) -> int:
             preset, photos = args.preset, given.get("data", "scenes") != "scenes"
             other = find_run(args.base) if args.base else None
             if other and not preset:                                  # whatever is not said is as it was there
-                start = dataclasses.asdict(other.config())
+                start = dataclasses.asdict(dataclasses.replace(other.config(), device="auto", threads=0))
                 print(f"settings of {other.folder}, but for those that are given")
             elif not preset:
                 gpu = torch.cuda.is_available() and given.get("device") != "cpu"

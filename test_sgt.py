@@ -1002,7 +1002,7 @@ def test_another_arm_can_grow_on_a_finished_base(trained, capsys, monkeypatch):
         assert f"depth (2 there, {wrong[1].replace('tiny', '4')} now)" in capsys.readouterr().err
     assert sgt.main(args) == 0 and (other / "depth.safetensors").exists()      # the rest is as it was there
     changed = {k for k, v in json.loads((other / "config.json").read_text()).items() if json.loads((smoke / "config.json").read_text())[k] != v}
-    assert changed == {"ratio", "proxies", "arm_scenes", "eval_questions", "eval_prompts", "eval_masks", "arm_steps"}
+    assert changed == {"ratio", "proxies", "arm_scenes", "eval_questions", "eval_prompts", "eval_masks", "arm_steps", "threads"}
     assert (other / "base.safetensors").read_bytes() == (smoke / "base.safetensors").read_bytes()
     assert {json.loads(line)["stage"] for line in (other / "log.jsonl").read_text().splitlines()} == {"none", "depth"}
 
