@@ -939,7 +939,7 @@ def test_the_study_says_what_the_numbers_say():
     assert "2 seeds (0, 1)" in text and "62.0 ± 0.0" in text
     assert "High-level proxies help understanding more than mid- and low-level ones: **holds**" in text
     assert "It is perception that improves, more than reasoning: **not resolved**" in text      # both do alike
-    assert "Masks of the right image teach more than masks of another: **holds**" in text
+    assert "Masks of the right image teach more than masks of another: **holds** (understanding +22.0 (+22.0, +22.0 by seed), p 0.000)" in text
     text = benchmark.study([made_up_report(0, {**gains, "instance": -30})])
     assert "more than replay alone (SFT): **does not hold**" in text
     text = benchmark.study([made_up_report(0, {"base": 0, "none": 0, "instance": 0})])
@@ -967,7 +967,7 @@ def command(*args, cwd, script="sgt.py", **env):
 def trained(tmp_path_factory):
     """A smoke run made by the real command."""
     folder = tmp_path_factory.mktemp("run")
-    done = command("--train", "--preset", "smoke", "--threads", 2, cwd=folder)
+    done = command("--train", "--preset", "smoke", "--threads", 1, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
