@@ -182,8 +182,8 @@ if triton is not None:
     @triton.jit
     def bounds(FROM, TO, at, inside, end, STEP: tl.constexpr):
         """The intervals of a tile, and the corners of its loop over the other axis in steps of STEP: in
-        [c0, c1) some are seen by some, in [c1, c2) all by all, which needs no mask, in [c2, c3) some by some. All but
-        the end lie on one grid, or two phases would count the same columns.
+        [c0, c1) some are seen by some, in [c1, c2) all by all, which needs no mask, in [c2, c3) some by some.
+        All but the end lie on one grid, or two phases would count the same columns.
         """
         lo, hi = tl.load(FROM + at, mask=inside, other=0), tl.load(TO + at, mask=inside, other=0)
         c0, c3 = tl.min(tl.where(hi > lo, lo, end)) // STEP * STEP, tl.max(hi)
