@@ -502,8 +502,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     return torch.bfloat16 if (fast if BF16 is None else BF16) else torch.float32
 
-def compiled(function):
-    """torch.compile with dynamic batch sizes or, where that fails, the plain function, and one line why."""
+def compiled(function, dynamic: bool = True):
+    """torch.compile for all batch sizes or, where that fails, the plain function, and one line why."""
     chosen = None
 
     def run(*args):
@@ -511,7 +511,7 @@ def compiled(function):
         if chosen is not None:
             return chosen(*args)
         try:
-            attempt = torch.compile(function, dynamic=True)
+            attempt = torch.compile(function, dynamic=dynamic)
             out = attempt(*args)
             chosen = attempt
         except torch.OutOfMemoryError:
@@ -615,7 +615,7 @@ def bench_attention(cfg, layout: Layout, seconds: float) -> dict:
     grad = torch.randn_like(qkv[0])
 
     def ours(layout: Layout):
-        return compiled(functools.partial(BACKENDS[fastest(qkv[0], layout)], layout=layout))
+        return compiled(functools.partial(BACKENDS[fastest(qkv[0], layout)], layout=layout), dynamic=False)
 
     def both_passes(attend, dtype: torch.dtype = low):
         inputs = [x.detach().to(dtype).requires_grad_() for x in qkv]
