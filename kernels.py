@@ -695,7 +695,7 @@ def bench(seconds: float, cfg=None, device: torch.device | None = None) -> dict:
                                    "eager, sdpa": chosen(eager, "sdpa", BF16),
                                    "eager fp32, sdpa": chosen(eager, "sdpa", False)}, 4 * seconds, device)
     with FlopCounterMode(display=False) as counter:
-        chosen(eager, "sdpa" if on_gpu else "reference", BF16)()      # operators that it knows; counts no gaps
+        chosen(eager, "sdpa" if on_gpu else "reference", BF16)()      # operators that it knows, attention as dense
     work = counter.get_total_flops() / peak                   # seconds, if everything ran at the matrix rate
     found["share of the matrix rate"] = work / found["train step"]["ours"]
     if device.type == "cpu":                    # what these shapes allow: the products alone, all else for free

@@ -1971,14 +1971,18 @@ class Run:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def differences(self, cfg: Config, but: set[str]) -> str:
+        """The settings of this run that are others in cfg, with both values; `but` those that may be."""
+        theirs = dataclasses.asdict(self.config())
+        return ", ".join(f"{k} ({theirs[k]!r:.60} there, {v!r:.60} now)"
+                         for k, v in dataclasses.asdict(cfg).items() if k not in but and theirs[k] != v)
+
     def open(self, cfg: Config) -> None:
         """Claim the folder for a configuration; one that holds another configuration is left as it is."""
         if (self.folder / "config.json").exists():
-            mine, theirs = dataclasses.asdict(cfg), dataclasses.asdict(self.config())
-            different = [f"{k} ({theirs[k]!r:.60} there, {v!r:.60} now)" for k, v in mine.items()
-                         if k not in NOT_PART_OF_A_RUN and theirs[k] != v]
+            different = self.differences(cfg, NOT_PART_OF_A_RUN)
             if different:
-                raise UserError(f"{self.folder} holds a run with other settings: {', '.join(different)}; "
+                raise UserError(f"{self.folder} holds a run with other settings: {different}; "
                                 "use these settings, or another folder with --run")
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists and is not a run; choose another folder with --run")
@@ -2180,12 +2184,9 @@ GRID_PROMPTS = ["a red circle", "a square", "two blue circles", "three yellow ri
 
 def borrow(cfg: Config, run: Run, other: Run) -> None:
     """Take tokenizer and base of another run that trained them with the same settings, to train other arms."""
-    theirs = other.config()
-    different = [f"{k} ({getattr(theirs, k)!r:.60} there, {v!r:.60} now)"
-                 for k, v in dataclasses.asdict(cfg).items()
-                 if k not in NOT_PART_OF_A_RUN | ONLY_ARMS and getattr(theirs, k) != v]
+    different = other.differences(cfg, NOT_PART_OF_A_RUN | ONLY_ARMS)
     if different:
-        raise UserError(f"{other.folder} trained its base with other settings: {', '.join(different)}; "
+        raise UserError(f"{other.folder} trained its base with other settings: {different}; "
                         "leave out what differs, or --base")
     for name in ("tokenizer", "base"):
         if not other.done(name):
@@ -2443,12 +2444,11 @@ def use(args: argparse.Namespace, given: dict) -> None:
                         f"choose from {', '.join(n for n in PROXIES if n != 'none')}")
     pushed = args.push is not None
     useful = {"device", "threads"} if not pushed else set()
-    if args.generate is not None or args.segment is not None:
-        useful |= {"temperature", "sample_steps" if args.generate is not None else "proxy_steps"}
-    if args.generate is not None or "temperature" in useful & set(given):     # else nothing is random
-        useful |= {"seed", "token_temperature"}
     if args.generate is not None:
-        useful |= {"guidance"}
+        useful |= {"sample_steps", "guidance", "temperature", "seed", "token_temperature"}
+    if args.segment is not None:                  # nothing is random, unless a temperature is given
+        useful |= {"proxy_steps", "temperature"}
+        useful |= {"seed", "token_temperature"} if "temperature" in given else set()
     useless = sorted(set(given) - useful)
     idle = {"base": True, "preset": True, "proxy": args.segment is None, "model": pushed,
             "out": args.ask is not None or pushed, "public": not pushed}
