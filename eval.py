@@ -116,11 +116,11 @@ def judge(image):
 
 def true_masks(instance):
     """Index maps (B, P, P), 0 = background -> (n, P, P) bool for every picture."""
-    return [ids == ids[ids > 0].unique()[:, None, None] for ids in instance.cpu()]
+    return [ids == ids[ids > 0].unique()[:, None, None] for ids in instance]
 
 def masks_of(drawn):
     """Masks in drawn targets (B, 3, P, P), without specks. One color is one object."""
-    label = nearest(drawn.float().cpu(), PALETTE[:MAX_OBJECTS + 1])[1]
+    label = nearest(drawn.cpu(), PALETTE[:MAX_OBJECTS + 1])[1]
     specks = parts_of(label, MAX_OBJECTS, max(2, drawn.shape[-1] ** 2 / 256)) == 0
     return true_masks(label.masked_fill(specks, 0))
 
@@ -165,33 +165,31 @@ def val_scenes(cfg, n, look):
     return [scene._replace(textured=look == "textured") for scene in scenes]
 
 def segmentation(cfg, model, tokenizer, folder=None):
-    """PQ and AP of the masks that a model (None: the tokenizer, the ceiling) draws of each look of
-    held-out scenes; these and the masks are written to a folder, if given, as COCO files.
+    """PQ and AP of the masks that a model (None: the tokenizer, the ceiling) draws of held-out
+    scenes, by look; scenes and masks are written to a folder, if given, as COCO files.
     """
-    found, P, device = {}, cfg.image_size, tokenizer.position.device
+    found, device = {}, tokenizer.position.device
     for look in LOOKS:
         scenes = val_scenes(cfg, cfg.eval_masks, look)
-        image, prompts, target = (x if isinstance(x, list) else x.to(device)
-                                  for x in sgt.draw_proxy(cfg, "instance", scenes))
-        drawn = torch.cat([sgt.generate(model, tokenizer, prompts[i:i + 100], image[i:i + 100],
-                                        temperature=0) if model else tokenizer.decode(
-                           tokenizer.encode(target[i:i + 100])) for i in range(0, len(scenes), 100)])
+        image, prompts, target = sgt.draw_proxy(cfg, "instance", scenes)
+        drawn = (sgt.generate(model, tokenizer, prompts, image.to(device), temperature=0) if model
+                 else tokenizer.decode(tokenizer.encode(target.to(device)))).cpu()
         masks, true = masks_of(drawn), true_masks(sgt.render(cfg, scenes).instance)
-        names = [f"{i:06d}.png" for i in range(len(scenes))]
-        data = {"images": [{"id": i + 1, "width": P, "height": P, "file_name": name}
-                           for i, name in enumerate(names)], "annotations": coco_masks(true),
-                "categories": [{"id": 1, "name": "object"}]}
+        side = {"width": cfg.image_size, "height": cfg.image_size}
+        data = {"images": [{"id": i + 1, "file_name": f"{i:06d}.png", **side}
+                           for i in range(len(scenes))],
+                "categories": [{"id": 1, "name": "object"}], "annotations": coco_masks(true)}
         # a mask's score is how close its pixels are to their palette color
-        far = nearest(drawn.cpu(), PALETTE[:MAX_OBJECTS + 1])[0].sqrt()  # (B, P, P)
+        far = nearest(drawn, PALETTE[:MAX_OBJECTS + 1])[0].sqrt()  # (B, P, P)
         scores = [1 - float(far[i][mask].mean()) for i, each in enumerate(masks) for mask in each]
         results = [{**mask, "score": score} for mask, score in zip(coco_masks(masks), scores)]
         found[f"PQ, {look}"] = panoptic_quality(masks, true)
         found[f"AP, {look}"] = average_precision(data, results)
         if folder:
             out = Run(folder / look)
-            for name, picture in zip(names, image):
+            for about, picture in zip(data["images"], image):
                 sgt.to_pil(picture).save(png := io.BytesIO(), "PNG")
-                out.write(f"images/{name}", png.getvalue())
+                out.write(f"images/{about['file_name']}", png.getvalue())
             out.write("instances.json", json.dumps(data))
             out.write("results.json", json.dumps(results))
     return found
@@ -238,9 +236,9 @@ def by_kind(items, hits):
     for item, hit in zip(items, hits):
         found[item.kind].append(100 * float(hit))
     score = {kind: statistics.fmean(each) for kind, each in found.items()}
-    levels = {"perception": set(QUESTIONS) - set(REASONING), "reasoning": REASONING, "average": score}
-    if set(score) != set(QUESTIONS):
-        levels = {"average": score}
+    levels = {"average": score}
+    if set(score) == set(QUESTIONS):
+        levels |= {"perception": set(score) - set(REASONING), "reasoning": REASONING}
     return score | {name: statistics.fmean(map(score.get, kinds)) for name, kinds in levels.items()}
 
 def question_only(cfg, items):
@@ -281,10 +279,10 @@ def pictures_score(items, images):
 
 @torch.no_grad()
 def patch_states(model, scenes):
-    """What the patches hold behind the vision encoder and behind the last block, (2, B, U, D)."""
+    """What the patches hold behind the encoder and behind the last block, (2, B, U, D)."""
     image = sgt.render(model.cfg, scenes).image.to(model.word.device)
     x, positions, sees = model.layout(image, image.new_zeros(len(scenes), 1).long(), None)
-    h = sgt.run_blocks(model.blocks, x, positions, sees)[:, :model.cfg.patches]
+    h = sgt.norm(sgt.run_blocks(model.blocks, x, positions, sees))[:, :model.cfg.patches]
     return torch.stack([model.see(image), h.float()]).cpu()
 
 def probe(x, y, fit=None):
@@ -299,9 +297,8 @@ def probe(x, y, fit=None):
     return 100 * float(((x[half:] @ weight).argmax(1) == y[half:]).double().mean())
 
 def inside(cfg, model, n=600):
-    """x 100, behind the encoder and behind the last block: linear probes for shape and color of
-    textured patches, one for shape fitted to plain ones; the cosine between centred features of
-    the two looks of a scene.
+    """In %, behind the encoder and behind the last block: linear probes for shape and color of
+    textured patches, one fitted to plain ones; the cosine of centred features of a scene's looks.
     """
     looks = [val_scenes(cfg, n, look) for look in LOOKS]
     cover = F.one_hot(sgt.render(cfg, looks[1]).instance, MAX_OBJECTS + 1).float()
@@ -349,8 +346,9 @@ def markdown(report):
             table(["prompt", "true", "ceiling", *names], rows("generation", "true", "ceiling")), ""]
     masks = {arm: entry["masks"] for arm, entry in models.items() if "masks" in entry}
     out += [f"Masks of {report['config']['eval_masks']} scenes of each look",
-            table(["", "ceiling", *map(LABELS.get, masks)], [[key, value, *(m[key] for m in masks.values())]
-                  for key, value in report["mask ceiling"].items()]), ""]
+            table(["", "ceiling", *map(LABELS.get, masks)],
+                  [[key, value, *(entry[key] for entry in masks.values())]
+                   for key, value in report["mask ceiling"].items()]), ""]
     inner = [[f"{key}, {where}", *(entry["inside"][key][i] for entry in models.values())]
              for key in models["base"]["inside"]
              for i, where in enumerate(("encoder", "last block"))]
@@ -366,7 +364,7 @@ def read_report(run):
         report = json.loads((run.folder / "report.json").read_text("utf-8"))
         markdown(report)  # whatever is missing shows here
         return report
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{run.folder} has no readable report.json ({sgt.one_line(e)}); "
                         f"make one with: python eval.py {run.folder} --again") from None
 
@@ -392,16 +390,18 @@ def picture_grid(rows, cell=96):
     return out.getvalue()
 
 def evaluate(run, device):
-    """Measure every model of a run; write samples/, report.md, report.html, and report.json last."""
+    """Measure every model of a run; write samples/, report.md, .html and, last, report.json."""
     cfg, tokenizer, _, _ = sgt.load_run(run, "base", device)
-    items = collect(cfg, QUESTIONS, cfg.eval_questions, "questions", functools.partial(question, cfg))
+    turn = functools.partial(question, cfg)
+    items = collect(cfg, QUESTIONS, cfg.eval_questions, "questions", turn)
     drawn_of = prompts(cfg, cfg.eval_prompts)
     texts = [item.text for item in drawn_of]
     true = sgt.render(cfg, [item.scene for item in drawn_of]).image
     round_trip = tokenizer.decode(tokenizer.encode(true.to(device)))
     report = {"config": dataclasses.asdict(cfg), "device": str(device), "torch": torch.__version__,
               "question only": by_kind(items, question_only(cfg, items)),
-              "true": pictures_score(drawn_of, true), "ceiling": pictures_score(drawn_of, round_trip),
+              "true": pictures_score(drawn_of, true),
+              "ceiling": pictures_score(drawn_of, round_trip),
               "mask ceiling": segmentation(cfg, None, tokenizer), "models": {}}
     # the picture: both looks of four scenes, their masks, what each model draws and answers
     four = sgt.sample(cfg, "val", range(4), "masks")
@@ -427,7 +427,8 @@ def evaluate(run, device):
         proxy = arm if PROXIES.get(arm, PROXIES["none"]).target else "instance"
         source, ordered, _ = sgt.draw_proxy(cfg, proxy, both)
         picture = sgt.generate(model, tokenizer, ordered, source.to(device), temperature=0)
-        masks.append((f"{LABELS[arm]}: draws, says", picture, sgt.answer(model, seen.to(device), wonder)))
+        said = sgt.answer(model, seen.to(device), wonder)
+        masks.append((f"{LABELS[arm]}: draws, says", picture, said))
         few = [i * len(texts) // 8 for i in range(8)]
         free.append((f"{LABELS[arm]}: of a text", drawn[few], [texts[i] for i in few]))
     run.write("samples/comparison.png", picture_grid(masks))
@@ -436,10 +437,9 @@ def evaluate(run, device):
     run.write("report.html", page(run, report))
     run.write("report.json", json.dumps(report, indent=1))  # last: one cut off is made again
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-img{max-width:100%;image-rendering:pixelated}table{border-collapse:collapse}
-td{padding:.1rem .6rem;text-align:right;border-bottom:1px solid #ddd}
-td:first-child{text-align:left}svg{width:24rem;font:11px system-ui,sans-serif}"""
+STYLE = """body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto}img{max-width:100%}
+td{padding:.1rem .6rem;text-align:right}td:first-child{text-align:left}
+svg{width:24rem;font:11px sans-serif}"""
 
 def curve(title, lines):
     """The losses of a stage as an SVG line chart from 0."""
@@ -482,26 +482,26 @@ def study(reports):
     seeds = [r["config"]["seed"] for r in reports]
     if any(f != fixed[0] for f in fixed) or len(set(seeds)) < len(seeds):
         raise UserError("these runs differ in more than the seed, or share one; name others")
-    measures = [("textured", "average"), ("plain", "average"), ("textured", "perception"),
-                ("textured", "reasoning"), ("generation", "average"), ("generation", "position"),
-                ("masks", "PQ, textured"), ("inside", "cosine of the two looks")]
+    measures = {"textured": "average", "plain": "average", "generation": "average",
+                "masks": "PQ, textured", "inside": "cosine of the two looks"}
     rows = []
     for arm in ["base", *PROXIES]:
         models = [r["models"][arm] for r in reports if arm in r["models"]]
         if len(models) == len(reports):
             row = [LABELS[arm], PROXIES[arm].level if arm in PROXIES else ""]
-            for part, key in measures:
+            for part, key in [("textured", "perception"), ("textured", "reasoning"),
+                              ("generation", "position"), *measures.items()]:
                 values = [model[part][key] if part in model else math.nan for model in models]
                 values = [value[0] if isinstance(value, list) else value for value in values]
-                error = statistics.stdev(values) / math.sqrt(len(values))
+                error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
                 row.append(f"{statistics.fmean(values):.1f} ± {error:.1f}")
             row.append(" ".join(f"{m['textured - SFT'][0]:+.1f}" for m in models
                                 if "textured - SFT" in m))
             rows.append([cell.replace("nan ± nan", "") for cell in row])
-    head = ["textured", "plain", "perception", "reasoning", "generation", "position", "PQ",
+    head = ["perception", "reasoning", "position", "textured", "plain", "generation", "PQ",
             "cosine of looks", "textured − SFT by seed"]
-    return (f"seeds {seeds}: mean ± standard error over seeds; perception, reasoning, PQ and cosine "
-            f"are of textured scenes\n{table(['arm', 'level', *head], rows)}")
+    return (f"seeds {seeds}: mean ± standard error over seeds; perception, reasoning, PQ and "
+            f"cosine are of textured scenes\n{table(['arm', 'level', *head], rows)}")
 
 def command(argv):
     p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)

@@ -454,14 +454,6 @@ class Optimizer(torch.optim.Optimizer):
               beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
               fused=True)
 
-def average_gradients(module: nn.Module, world: int) -> None:
-    """The mean of the gradients of `world` processes, by one all-reduce of them as one vector."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    torch.distributed.all_reduce(flat)
-    for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
-        g.copy_(mean.view_as(g))
-
 # ---- 8. Commands ---------------------------------------------
 def check(device: torch.device) -> int:
     """Print the worst errors of every backend; 1 if one is bad."""

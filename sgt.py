@@ -28,7 +28,6 @@ H heads, K codebook size, C channels of a code, M objects, P pixels a side.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -37,9 +36,7 @@ import math
 import os
 import random
 import re
-import signal
 import sys
-import threading
 import time
 from collections import Counter, namedtuple
 from dataclasses import dataclass
@@ -60,20 +57,19 @@ from kernels import GraphedStep, KVCache, Optimizer, attention, compiled, comput
 class UserError(Exception):
     """A mistake of the user: printed as one line, exit code 2."""
 
-# ==== 1. Config ==================================================================================
+# ==== 1. Config
 
 @dataclass(frozen=True)
 class Config:
     """Every setting. The comment behind a field is its --help text; presets are dicts over it."""
     seed: int = 0               # everything random derives from it
     image_size: int = 32        # P, pixels a side
-    lattice: int = 8            # object centres are multiples of so many pixels; 0: anywhere
     # the vision tokenizer
     patch: int = 4              # pixels a side of one code
     fsq_levels: str = "5,5,5,5" # levels of each channel; their product is the codebook size
     tok_width: int = 128        # width
     tok_depth: int = 2          # transformer blocks of the decoder
-    tok_steps: int = 1000       # training steps
+    tok_steps: int = 1200       # training steps
     tok_batch: int = 64         # pictures a step
     # the unified model
     width: int = 128            # D
@@ -81,9 +77,9 @@ class Config:
     depth: int = 3              # blocks of the transformer over everything
     head_dim: int = 32          # width of one attention head
     # training of the base
-    base_steps: int = 2400      # steps
-    vqa_batch: int = 32         # dialogues a step
-    t2i_batch: int = 24         # captioned pictures a step
+    base_steps: int = 2800      # steps
+    vqa_batch: int = 40         # dialogues a step
+    t2i_batch: int = 20         # captioned pictures a step
     lr: float = 0.02            # Muon learning rate of the matrices
     adam_lr: float = 0.012      # AdamW learning rate of the model's embeddings and heads
     # training of the arms; from here on settings may differ from the run that --base names
@@ -92,9 +88,7 @@ class Config:
     arm_batch: int = 16         # dialogues, and captioned pictures, a step (the replay)
     ratio: float = 2.0          # pictures drawn of a proxy per dialogue (the paper: 2)
     arm_scenes: int = 0         # how many pictures have masks; 0: always new ones
-    textured_questions: int = 0 # so many textured scenes are a quarter of the dialogues
     proxies: str = "none,reconstruction,instance"  # arms, or "all"; none is SFT, instance SGT
-    schedule: str = "mixed"     # mixed: proxy and replay in every step; sequential: proxy first
     proxy_weight: float = 1.0   # weight of the proxy's loss (the paper: 1)
     # sampling and evaluation
     sample_steps: int = 24      # refinement steps of a picture
@@ -104,15 +98,15 @@ class Config:
     eval_prompts: int = 240     # pictures drawn, evenly over the kinds
     eval_masks: int = 100       # pictures of each look that are segmented
     # the machine; from here on settings may change while a run goes on
-    save_every: int = 300       # steps between checkpoints
+    save_every: int = 100       # steps between checkpoints
     compile: bool = True        # compile the transformer block: starts later, runs faster
     device: str = "auto"        # auto, cpu, cuda or mps
     threads: int = 0            # CPU threads; 0: all
 
     grid = property(lambda self: self.image_size // self.patch)  # G
     tokens = property(lambda self: self.grid ** 2)  # N
-    see_patch = property(lambda self: 2 * self.patch)  # pixels a side of what is looked at
-    patches = property(lambda self: (self.image_size // self.see_patch) ** 2)  # U
+    see_patch = property(lambda self: 2 * self.patch)  # pixels a side of a patch looked at
+    patches = property(lambda self: self.tokens // 4)  # U
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
     codebook = property(lambda self: math.prod(self.levels))  # K
     draws = property(lambda self: round(self.ratio * self.arm_batch))  # of a proxy, a step
@@ -122,46 +116,45 @@ class Config:
     def validate(self):
         """Refuse, in one line, what would otherwise fail late or obscurely."""
         for name, value in dataclasses.asdict(self).items():
+            if type(value) is not type(getattr(Config, name)):
+                raise UserError(f"{name}={value} is of the wrong type; give another")
             lowest = 0 if name in MAY_BE_ZERO else 1e-9
             if not isinstance(value, str) and not lowest <= value < 2 ** 32:
-                raise UserError(f"{name}={value} is out of range; give a sensible number")
-        for ok, what, fix in [
+                raise UserError(f"{name}={value} is out of range; give another")
+        widths = f"width={self.width}, head_dim={self.head_dim}, tok_width={self.tok_width}"
+        for ok, what in [
             (re.fullmatch("[1-9][0-9]?(,[1-9][0-9]?)*", self.fsq_levels),
-             f"fsq_levels={self.fsq_levels}", "try 5,5,5,5"),
-            (self.image_size % self.see_patch == 0 and self.image_size >= max(32, 4 * self.lattice),
-             f"image_size={self.image_size}", f"give a multiple of {self.see_patch}, 32 or more"),
+             f"fsq_levels={self.fsq_levels}; try 5,5,5,5"),
+            (self.image_size % self.see_patch == 0 and self.image_size >= 32,
+             f"image_size={self.image_size}; give a multiple of {self.see_patch}, 32 or more"),
             (self.width % self.head_dim == self.head_dim % 8 == self.tok_width % 32 == 0,
-             f"width={self.width}, head_dim={self.head_dim}, tok_width={self.tok_width}",
-             "width must be divisible by head_dim, that by 8, and tok_width by 32"),
-            (self.schedule in ("mixed", "sequential"), f"schedule={self.schedule}",
-             "choose mixed or sequential"),
+             f"{widths}; these must be divisible by head_dim, by 8 and by 32"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms),
-             f"proxies={self.proxies}", f"name each once, of {', '.join(PROXIES)}, or all"),
-            (self.draws != 1 and self.arm_scenes != 1, "one picture a step",
-             "the shuffled control needs another; raise ratio, arm_batch or arm_scenes"),
+             f"proxies={self.proxies}; name each once, of {', '.join(PROXIES)}, or all"),
+            (self.draws != 1 and self.arm_scenes != 1, f"ratio={self.ratio}, arm_scenes="
+             f"{self.arm_scenes}; one picture a step is its own shuffled control; give more"),
         ]:
             if not ok:
-                raise UserError(f"{what}; {fix}")
+                raise UserError(what)
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
 ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_every"):]
-MAY_BE_ZERO = ("seed", "lattice", "encoder_depth", "ratio", "arm_scenes", "textured_questions",
-               "proxy_weight", "guidance", "temperature", "compile", "threads")
+MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "arm_scenes", "proxy_weight",
+               "guidance", "temperature", "compile", "threads")
 PRESETS = {
     # every stage in half a minute on two cores; says nothing about quality
     "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, encoder_depth=1,
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
                   compile=False),
-    "tiny": dict(),  # the default on a CPU
-    # the default on a GPU: larger pictures, objects anywhere
-    "base": dict(image_size=64, lattice=0, fsq_levels="8,8,8,5,5", tok_width=256, tok_depth=4,
+    "tiny": dict(),  # the default on a CPU; the next one on a GPU
+    "base": dict(image_size=64, fsq_levels="8,8,8,5,5", tok_width=256, tok_depth=4,
                  tok_steps=8000, tok_batch=256, width=512, encoder_depth=6, depth=8, head_dim=64,
                  base_steps=20000, arm_steps=4000, vqa_batch=96, t2i_batch=128, arm_batch=48,
-                 adam_lr=0.004, eval_prompts=1200, save_every=1000),
+                 adam_lr=0.004, eval_prompts=1200),
 }
 
-# ==== 2. Scenes: the data, rendered ==============================================================
+# ==== 2. Scenes: the data, rendered
 
 # Signed distance to the outline of a shape of radius 1, negative inside; y points down.
 SHAPES = {
@@ -177,7 +170,7 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90)}
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = {"small": 0.11, "big": 0.172}  # as a share of the picture's side
-MAX_OBJECTS = 4  # M
+MAX_OBJECTS, LATTICE = 4, 8  # M; object centres lie on multiples of so many pixels
 
 class Thing(NamedTuple):
     """One object, in words and in pixels."""
@@ -221,13 +214,12 @@ def sample_scene(cfg, key, overlap):
     overlaps = rng.random() < overlap and count > 1 and colors[0] != colors[1]
     if overlaps:
         sizes[:2] = ["big", "big"]
-    step = cfg.lattice or 1e-3
     for i in range(count):
         radius = RADII[sizes[i]] * P
-        low = math.ceil((radius + 0.5) / step) * step
-        slots = int((P - 2 * low) / step + 1e-6) + 1
+        low = math.ceil((radius + 0.5) / LATTICE) * LATTICE
+        slots = (P - 2 * low) // LATTICE + 1
         for _ in range(12):  # tries; then the scene does without this object
-            x, y = low + rng.randrange(slots) * step, low + rng.randrange(slots) * step
+            x, y = (low + rng.randrange(slots) * LATTICE for _ in "xy")
             others = placed
             if overlaps and i == 1:  # side by side: height must not tell which is in front
                 away = round(rng.uniform(0.45, 0.7) * (radius + placed[0].radius))
@@ -241,21 +233,19 @@ def sample_scene(cfg, key, overlap):
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
     return Scene(key, things, rng.randrange(len(BACKGROUNDS)))
 
-# Questions and captions (without overlaps) are about the plain look. The pictures that proxies are
-# drawn of, "masks", are of both looks. The tokenizer is trained on "pictures" and on masks.
-TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.25}
+# Questions and captions are about the plain look. The pictures that proxies are drawn of, "masks",
+# have both looks. The tokenizer is trained on "pictures" and masks.
+TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
 
 def sample(cfg, split, numbers, use):
     """Scenes by number, of a split: "tokenizer", "train" (base), "arm", or "val", held out."""
-    overlap, scenes = 0.0 if use == "captions" else 0.5, []
-    for number in numbers:
-        scene = sample_scene(cfg, f"{cfg.seed}/{split}/{use}/{number}", overlap)
-        scenes.append(scene._replace(textured=scene.rng("look").random() < TEXTURED[use]))
-    return scenes
+    scenes = [sample_scene(cfg, f"{cfg.seed}/{split}/{use}/{number}", 0.5 * (use != "captions"))
+              for number in numbers]
+    return [s._replace(textured=s.rng("look").random() < TEXTURED[use]) for s in scenes]
 
 def waves(cfg, scene, strength=0.28, noise=0.06):
-    """The texture of a scene, (1 + M, 3, P, P): for the background and for every object three
-    waves of random direction, length and color; and noise. Shapes stay what they are.
+    """The texture of the background and of every object (1 + M, 3, P, P): three waves of random
+    direction, length and color each, and noise.
     """
     rng, shape = np.random.default_rng(list(scene.key.encode())), (1 + MAX_OBJECTS, 3)
     angle, phase = rng.uniform(0, 2 * np.pi, (2, *shape))
@@ -272,11 +262,8 @@ def waves(cfg, scene, strength=0.28, noise=0.06):
     return torch.from_numpy(texture.astype(np.float32))
 
 class Rendered(NamedTuple):
-    """A batch of pictures (B, 3, P, P) in [0, 1], and for each pixel the index of the Thing in
-    front (B, P, P), 0 for the background.
-    """
-    image: Tensor
-    instance: Tensor
+    image: Tensor  # (B, 3, P, P) in [0, 1]
+    instance: Tensor  # (B, P, P) index of the Thing in front; 0: background
 
 def render(cfg, scenes, shift=0.0):
     """Paint scenes back to front. `shift` moves the nearest objects so many pixels left."""
@@ -305,7 +292,7 @@ def render(cfg, scenes, shift=0.0):
         image = image.index_add(0, torch.tensor(textured), texture.gather(1, of)[:, 0])
     return Rendered(image.clamp(0, 1), instance)
 
-# ==== 3. Language: words, captions, questions ====================================================
+# ==== 3. Language: words, captions, questions
 
 NUMBERS = "zero one two three four five six seven eight".split()
 
@@ -334,12 +321,12 @@ def decode(ids):
 def normalize(question):
     """A question as the training texts put it: politeness, signs and case must not matter."""
     text = " ".join(question.lower().split())
-    statement = text.endswith(".") and "?" not in text  # such as "list the objects."
+    end = "." if text.endswith(".") and "?" not in text else "?"  # as in "list the objects."
     for extra in (r"please|kindly", r"in (the|this) (image|picture|photo|photograph|scene)",
                   r"(answer|reply|respond)[^.?!]*\byes\b[^.?!]*\bno\b['\"]?"):
         text = re.sub(rf"\b({extra})(?!\w)", " ", text)
     text = re.sub(r"\bis there an\b", "is there a", re.sub(r"[?.!,;:\s]+", " ", text).strip())
-    return text + ("." if statement else "?") if text else ""
+    return text + end if text else ""
 
 def noun(o):
     return f"{o.color} {o.shape}"
@@ -372,9 +359,7 @@ def reading_order(things, P):
 
 def captions(things, rng, P):
     """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and one that tells places.
-
-    Things are named in reading order. Random orders leave each code to guess which of two things
-    it belongs to, and drawings of two objects became two of one.
+    In reading order: else a code cannot know which thing it belongs to, and draws two of one.
     """
     things = reading_order(things, P)
     n, shapes, nouns = len(things), {o.shape for o in things}, Counter(map(noun, things))
@@ -390,6 +375,7 @@ def captions(things, rng, P):
         a, b = rng.sample(things, 2)
         if relation(a, b):
             found["position"] = f"a {a.shape} {relation(a, b)} a {b.shape}"
+            found["position_color"] = f"a {noun(a)} {relation(a, b)} a {noun(b)}"
     else:
         found["long"] = ", ".join(f"a {name}" if k == 1 else f"{NUMBERS[k]} {plural(name)}"
                                   for name, k in nouns.items())
@@ -411,7 +397,7 @@ def describe(things, rng, P):
         parts.append(" ".join([name, *rng.sample(facts, len(facts))]))
     return ", ".join(parts) + "."
 
-# Questions: (things, rng, P) -> every (question, answer) of a kind that the scene allows.
+# Kinds of questions: (things, rng, P) -> every (question, answer) that the scene allows.
 
 def groups(things, rng):
     """Five groups in words, with their sizes: ('circles', 2), ('red objects', 1); some empty."""
@@ -427,10 +413,11 @@ def groups(things, rng):
     return list(found.items())
 
 def pairs(things):
+    """Two things that can be told apart, and what to call them: (a, b, "the ring", "the bar")."""
     both = itertools.permutations(named(things), 2)
-    return [(a, b, f"the {a_name}", f"the {b_name}") for (a, a_name), (b, b_name) in both]
+    return [(a, b, f"the {x}", f"the {y}") for (a, x), (b, y) in both]
 
-def ask_existence(things, rng, P):
+def existence(things, rng, P):
     present = {noun(o) for o in things}
     # hard negatives: a color and a shape that are both there, but not together; else one of them
     absent = {noun(o._replace(shape=p.shape)) for o in things for p in things} - present
@@ -441,48 +428,38 @@ def ask_existence(things, rng, P):
     return [(f"is there a {name}?", "yes" if name in present else "no")
             for name in sorted(absent | present)]
 
-def ask_counting(things, rng, P):
-    sizes = [("objects", len(things)), *groups(things, rng)]
-    return [(f"how many {name}?", NUMBERS[n]) for name, n in sizes]
-
-def ask_color(things, rng, P):
-    shapes = Counter(o.shape for o in things)
-    return [(f"what color is the {o.shape}?", o.color) for o in things if shapes[o.shape] == 1]
-
-def ask_shape(things, rng, P):
-    colors = Counter(o.color for o in things)
-    return [(f"what shape is the {o.color} object?", o.shape)
-            for o in things if colors[o.color] == 1]
-
-def ask_relation(things, rng, P):
-    return [(f"where is {a_name} from {b_name}?", relation(a, b).split()[0])
-            for a, b, a_name, b_name in pairs(things) if relation(a, b)]
-
-def ask_location(things, rng, P):
-    return [(f"where is the {name}?", where(o, P)) for o, name in named(things)]
-
-def ask_size(things, rng, P):
-    return [(f"is {a_name} bigger or smaller than {b_name}?",
-             "bigger" if a.radius > b.radius else "smaller")
-            for a, b, a_name, b_name in pairs(things) if a.size != b.size]
-
-def ask_occlusion(things, rng, P):
-    return [(f"is {a_name} in front of {b_name}?", "yes" if a.index > b.index else "no")
-            for a, b, a_name, b_name in pairs(things) if overlap(a, b)]
-
-def ask_compare(things, rng, P):
-    both = itertools.permutations(groups(things, rng), 2)
-    return [(f"are there more {a} than {b}?", "yes" if n > m else "no") for (a, n), (b, m) in both]
-
-def ask_arithmetic(things, rng, P):
+def arithmetic(things, rng, P):
     few = groups(things, rng)
     both = itertools.product(few, few + [("one", 1), ("two", 2), ("three", 3)])
     return [(f"how many {a} plus {b}?", NUMBERS[n + m]) for (a, n), (b, m) in both if a != b]
 
-QUESTIONS = {"existence": ask_existence, "counting": ask_counting, "color": ask_color,
-             "shape": ask_shape, "relation": ask_relation, "location": ask_location,
-             "size": ask_size, "occlusion": ask_occlusion, "compare": ask_compare,
-             "arithmetic": ask_arithmetic}
+QUESTIONS = {
+    "existence": existence,
+    "counting": lambda things, rng, P: [
+        (f"how many {name}?", NUMBERS[n])
+        for name, n in [("objects", len(things)), *groups(things, rng)]],
+    "color": lambda things, rng, P: [
+        (f"what color is the {o.shape}?", o.color)
+        for o in things if [p.shape for p in things].count(o.shape) == 1],
+    "shape": lambda things, rng, P: [
+        (f"what shape is the {o.color} object?", o.shape)
+        for o in things if [p.color for p in things].count(o.color) == 1],
+    "relation": lambda things, rng, P: [
+        (f"where is {x} from {y}?", relation(a, b).split()[0])
+        for a, b, x, y in pairs(things) if relation(a, b)],
+    "location": lambda things, rng, P: [
+        (f"where is the {name}?", where(o, P)) for o, name in named(things)],
+    "size": lambda things, rng, P: [
+        (f"is {x} bigger or smaller than {y}?", "bigger" if a.size == "big" else "smaller")
+        for a, b, x, y in pairs(things) if a.size != b.size],
+    "occlusion": lambda things, rng, P: [
+        (f"is {x} in front of {y}?", "yes" if a.index > b.index else "no")
+        for a, b, x, y in pairs(things) if overlap(a, b)],
+    "compare": lambda things, rng, P: [
+        (f"are there more {a} than {b}?", "yes" if n > m else "no")
+        for (a, n), (b, m) in itertools.permutations(groups(things, rng), 2)],
+    "arithmetic": arithmetic,
+}
 REASONING = ("compare", "arithmetic")  # the others are perception, which the paper sees improve
 
 def ask(kind, things, rng, P):
@@ -509,7 +486,7 @@ def dialogue(cfg, scene):
                 answers += [-100] * len(q) + a
     return ids, answers
 
-# ==== 4. Proxies: what the model may be asked to draw of a picture that it looks at ==============
+# ==== 4. Proxies: what the model may be asked to draw of a picture that it looks at
 
 # Well-separated colors; 0 is the background.
 PALETTE = torch.tensor([
@@ -533,9 +510,7 @@ def per_object(scenes, value):
     return out
 
 def scan_order(cfg, scenes):
-    """The place of every object in reading order, from 1. A fixed order leaves nothing to guess;
-    with random colors no mask could be predicted.
-    """
+    """The place of every object in reading order, from 1. Random colors could only be guessed."""
     rank = lambda scene, o: 1 + reading_order(scene.things, cfg.image_size).index(o)
     return per_object(scenes, rank).long()
 
@@ -601,10 +576,6 @@ def original(cfg, scenes, r):
 
 # What restoration proxies do to the picture that is looked at: (image, generator) -> image.
 
-def blur(x, g):
-    k = x.shape[-1] // 24 + 1
-    return F.avg_pool2d(F.pad(x, (k,) * 4, mode="replicate"), 2 * k + 1, 1)
-
 def rain(x, g):
     drops = (torch.rand(len(x), 1, *x.shape[2:], generator=g) < 0.02).float()
     streaks = sum(drops.roll((i, -(i // 2)), (2, 3)) for i in range(x.shape[-1] // 8))
@@ -637,10 +608,11 @@ PROXIES = {
     "reconstruction": Proxy("low", "copy the picture as is.", original),
     "denoise": Proxy("low", "remove noise from the image.", original,
                      lambda x, g: x + 0.15 * torch.randn(x.shape, generator=g)),
-    "deblur": Proxy("low", "remove blur from the image.", original, blur),
+    "deblur": Proxy("low", "remove blur from the image.", original,
+                    lambda x, g: F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)),
     "superres": Proxy("low", "restore detail of the image.", original,
                       lambda x, g: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)),
-    "enhance": Proxy("low", "enhance this very dark image.", original,
+    "enhance": Proxy("low", "enhance the very dark image.", original,
                      lambda x, g: 0.2 * x + 0.02 * torch.randn(x.shape, generator=g)),
     "derain": Proxy("low", "remove rain from the image.", original, rain),
 }
@@ -654,7 +626,7 @@ def draw_proxy(cfg, name, scenes):
     prompts = [proxy.prompt.format(name=referent(scene)) for scene in scenes]
     return image, prompts, proxy.target(cfg, scenes, r)
 
-# ==== 5. Transformer =============================================================================
+# ==== 5. Transformer
 
 def linear(x, weight):
     """x (..., in) times a weight (out, in) that is kept in fp32 and used in x's precision."""
@@ -670,15 +642,10 @@ def matrix(*shape, gain=1.0):
     return weight
 
 def table(*shape, scale=1.0):
-    """Embeddings, positions or a head, for AdamW."""
-    return nn.Parameter(scale * torch.randn(*shape))
-
-def constant(x):
-    """A tensor that moves with its module and is not saved."""
-    return nn.Buffer(x, persistent=False)
+    return nn.Parameter(scale * torch.randn(*shape))  # embeddings, positions, a head: for AdamW
 
 def rotary(positions, head_dim, dtype):
-    """cos and sin of rotary position embeddings in 2-D, (..., 1, S, head_dim / 2), of positions
+    """cos and sin (..., 1, S, head_dim / 2) of rotary position embeddings in 2-D, of positions
     (..., S, 2): half of a head turns with the row, half with the column.
     """
     n = head_dim // 4
@@ -696,6 +663,8 @@ def grid_positions(G):
 
 class Block(nn.Module):
     """Pre-norm transformer block: normalized queries and keys, a squared-ReLU MLP, no biases."""
+    fast = None  # forward, compiled: for training; sampling stays eager, its shapes change
+
     def __init__(self, width, head_dim):
         super().__init__()
         self.heads = width // head_dim
@@ -724,8 +693,11 @@ def run_blocks(blocks, x, positions, sees, caches=None, at=0):
     x = x.to(dtype)
     for i, block in enumerate(blocks):
         cos, sin = rotary(positions, x.shape[-1] // block.heads, dtype)
-        x = block(x, cos, sin, sees, *((caches[i], at) if caches else ()))
-    return norm(x)
+        if torch.is_grad_enabled() and Block.fast:
+            x = Block.fast(block, x, cos, sin, sees)
+        else:
+            x = block(x, cos, sin, sees, caches and caches[i], at)
+    return x
 
 def everything(x):
     """The mask `sees` (S,) with which all rows of x (B, S, D) see all rows."""
@@ -748,12 +720,12 @@ class Stem(nn.Module):
         windows = F.unfold(padded, k, stride=p).transpose(1, 2).contiguous()  # (B, N, 3 * k * k)
         return norm(linear(F.gelu(linear(windows, self.stem_in)), self.stem_out))
 
-# ==== 6. Vision tokenizer: picture <-> codes =====================================================
+# ==== 6. Vision tokenizer: picture <-> codes
 
 class VisionTokenizer(nn.Module):
     """Autoencoder with finite scalar quantization (FSQ, arXiv 2309.15505): a few bounded channels,
-    each rounded to a few levels. The encoder sees one patch, the decoder everything: equal patches
-    should get equal codes in all pictures, or they are hard to predict.
+    each rounded to a few levels. The encoder sees one patch, so that equal patches get equal codes,
+    which can be predicted; the decoder sees everything.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -765,13 +737,15 @@ class VisionTokenizer(nn.Module):
         self.position = table(cfg.tokens, D, scale=0.5)
         self.decoder = nn.ModuleList(Block(D, 32) for _ in range(cfg.tok_depth))
         self.patch_out = table(3 * cfg.patch ** 2, D, scale=0.1 * D ** -0.5)
-        self.levels = constant(torch.tensor(cfg.levels))  # (C,)
-        self.basis = constant(torch.cumprod(F.pad(self.levels[:-1], (1, 0), value=1), 0))
-        self.places = constant(grid_positions(cfg.grid))  # (N, 2)
+        # buffers that are not saved
+        self.levels = nn.Buffer(torch.tensor(cfg.levels), persistent=False)  # (C,)
+        basis = torch.cumprod(F.pad(self.levels[:-1], (1, 0), value=1), 0)
+        self.basis = nn.Buffer(basis, persistent=False)
+        self.places = nn.Buffer(grid_positions(cfg.grid), persistent=False)  # (N, 2)
 
     def quantize(self, z):
-        """z (..., C) of any size -> the nearest grid point in (-1, 1), and its code (...), in fp32:
-        rounding a bf16 number, of 8 bits, picks neighbouring codes.
+        """z (..., C) -> the nearest grid point in (-1, 1), and its code (...). In fp32: rounding a
+        bf16 number, of 8 bits, picks neighbouring codes.
         """
         half, smooth = self.levels / 2, torch.tanh(z.float())  # smooth: in (-1, 1)
         digits = torch.minimum(((smooth + 1) * half).floor(), self.levels - 1)  # 0 ... L - 1
@@ -788,7 +762,7 @@ class VisionTokenizer(nn.Module):
     def reconstruct(self, point):
         """Grid points (B, N, C) -> image (B, 3, P, P), not clamped, for gradients everywhere."""
         x = norm(linear(point, self.from_code)) + self.position  # (B, N, D)
-        x = run_blocks(self.decoder, x, self.places, everything(x)).float()
+        x = norm(run_blocks(self.decoder, x, self.places, everything(x))).float()
         x = linear(x, self.patch_out).transpose(1, 2)  # (B, 3 * patch * patch, N)
         side = self.patch * math.isqrt(x.shape[2])
         return F.fold(x, side, self.patch, stride=self.patch) * 0.5 + 0.5
@@ -809,7 +783,7 @@ class VisionTokenizer(nn.Module):
         digits = codes[..., None] // self.basis % self.levels  # (B, N, C)
         return self.reconstruct((digits + 0.5) / (self.levels / 2) - 1).clamp(0, 1)
 
-# ==== 7. SGT: model, losses, arms ================================================================
+# ==== 7. SGT: model, losses, arms
 
 # ┌─ SGT, 3 of 3
 # Three layouts of fixed lengths, one document a row:
@@ -836,13 +810,14 @@ class UnifiedModel(nn.Module):
         self.code_position = table(cfg.tokens, D, scale=0.5)
         self.text_head, self.image_head = table(V, D, scale=0.0), table(K, D, scale=0.0)
         # rotary positions: a patch lies amid the 2 x 2 codes that it covers
-        self.patch_places = constant(grid_positions(cfg.grid // 2) * 2 + 0.5)  # (U, 2)
-        self.code_places = constant(grid_positions(cfg.grid))  # (N, 2)
+        places = grid_positions(cfg.grid // 2) * 2 + 0.5  # (U, 2)
+        self.patch_places = nn.Buffer(places, persistent=False)
+        self.code_places = nn.Buffer(grid_positions(cfg.grid), persistent=False)  # (N, 2)
 
     def see(self, image):
         """image (B, 3, P, P) -> features (B, U, D), in fp32, that answers and drawings share."""
         x = self.stem(image.to(compute_dtype(image.device)))
-        return run_blocks(self.encoder, x, self.patch_places, everything(x)).float()
+        return norm(run_blocks(self.encoder, x, self.patch_places, everything(x)).float())
 
     def embed_text(self, text, at):
         """text (B, T) at places (T,) or (B, T) -> embeddings (B, T, D), rotary positions."""
@@ -872,7 +847,7 @@ class UnifiedModel(nn.Module):
         """image (B, 3, P, P) or None, text (B, T), codes (B, N) or None -> hidden states of the
         text (B, T, D) and of the codes (B, N, D).
         """
-        h = run_blocks(self.blocks, *self.layout(image, text, codes))  # (B, S, D)
+        h = norm(run_blocks(self.blocks, *self.layout(image, text, codes)))  # (B, S, D)
         U, T = 0 if image is None else self.cfg.patches, text.shape[1]
         return h[:, U:U + T], h[:, U + T:]
 
@@ -895,14 +870,14 @@ def image_loss(model, tokenizer, image, text, target, is_masked):
 
 class Batch(NamedTuple):
     """What one training step is made of; the base and SFT have no proxy."""
-    questions: tuple | None = None  # image, text (B, T), answer (B, T)
-    captions: tuple | None = None  # None, text (B, T), target (B, 3, P, P), is_masked (B, N)
-    proxy: tuple | None = None  # image (B, 3, P, P), text, target, is_masked
+    questions: tuple  # image (B, 3, P, P), text (B, T), answer (B, T)
+    captions: tuple  # None, text (B, T), target (B, 3, P, P), is_masked (B, N)
+    proxy: tuple | None = None  # image, text, target, is_masked
 
 def losses(model, tokenizer, batch):
     """Each loss is the mean over its own tokens: a proxy does not thin out the replay."""
-    text = text_loss(model, *batch.questions) if batch.questions else 0.0
-    captions = image_loss(model, tokenizer, *batch.captions) if batch.captions else 0.0
+    text = text_loss(model, *batch.questions)
+    captions = image_loss(model, tokenizer, *batch.captions)
     proxy = image_loss(model, tokenizer, *batch.proxy) if batch.proxy else 0.0
     loss = 1.5 * text + captions + model.cfg.proxy_weight * proxy
     return {"loss": loss, "text": text, "captions": captions, "proxy": proxy}
@@ -928,31 +903,26 @@ def pad(rows, length, value=PAD):
 def question_batch(cfg, split, step, n):
     """Dialogues about plain scenes: image, text, answer."""
     scenes = sample(cfg, split, range(step * n, step * n + n), "questions")
-    if split == "arm" and cfg.textured_questions:  # what are labels of the other look worth?
-        few = [i % cfg.textured_questions for i in range(step * (n // 4), (step + 1) * (n // 4))]
-        few = sample(cfg, "few", few, "questions")
-        scenes[:len(few)] = [scene._replace(textured=True) for scene in few]
     ids, answers = zip(*(dialogue(cfg, scene) for scene in scenes))
     return render(cfg, scenes).image, pad(ids, TEXT_LEN), pad(answers, TEXT_LEN, -100)
 
 def caption_batch(cfg, split, step, n):
     """Captions of plain scenes: None, text, target, is_masked."""
-    scenes, texts = sample(cfg, split, range(step * n, step * n + n), "captions"), []
-    for scene in scenes:
-        empty = scene.rng("empty").random() < 0.1  # a tenth without a prompt, for guidance
-        texts.append([] if empty else encode(caption(cfg, scene)))
+    scenes = sample(cfg, split, range(step * n, step * n + n), "captions")
+    # a tenth without a prompt, for guidance
+    texts = [encode(caption(cfg, scene)) if scene.rng("empty").random() >= 0.1 else []
+             for scene in scenes]
     is_masked = mask_codes(cfg, n, scenes[0].generator("codes"))
     return None, pad(texts, PROMPT_LEN), render(cfg, scenes).image, is_masked
 
-def proxy_batch(cfg, name, step):
+def proxy_batch(cfg, name, step, n):
     """Pictures of both looks and what to draw of them: image, text, target, is_masked."""
-    numbers = range(step * cfg.draws, (step + 1) * cfg.draws)
-    if cfg.arm_scenes:  # the same few again and again
-        numbers = [number % cfg.arm_scenes for number in numbers]
+    # with arm_scenes the same few again and again
+    numbers = [i % (cfg.arm_scenes or 2 ** 40) for i in range(step * n, step * n + n)]
     scenes = sample(cfg, "arm", numbers, "masks")
     image, prompts, target = draw_proxy(cfg, name, scenes)
-    text = pad([encode(prompt) for prompt in prompts], PROXY_LEN)
-    return image, text, target, mask_codes(cfg, cfg.draws, scenes[0].generator(f"codes {step}"))
+    is_masked = mask_codes(cfg, n, scenes[0].generator(f"codes {step}"))
+    return image, pad(map(encode, prompts), PROXY_LEN), target, is_masked
 
 def tokenizer_batch(cfg, step):
     """Half pictures, half targets of the proxies in turn: the tokenizer must say both."""
@@ -968,16 +938,11 @@ def make_batch(cfg, stage, step):
     if stage == "base":
         return Batch(question_batch(cfg, "train", step, cfg.vqa_batch),
                      caption_batch(cfg, "train", step, cfg.t2i_batch))
-    proxied = stage != "none" and cfg.draws > 0
-    if proxied and cfg.schedule == "sequential":  # first the proxy alone, then replay alone
-        if step < cfg.arm_steps:
-            return Batch(proxy=proxy_batch(cfg, stage, step))
-        step, proxied = step - cfg.arm_steps, False
+    proxy = proxy_batch(cfg, stage, step, cfg.draws) if stage != "none" and cfg.draws else None
     return Batch(question_batch(cfg, "arm", step, cfg.arm_batch),
-                 caption_batch(cfg, "arm", step, cfg.arm_batch),
-                 proxy_batch(cfg, stage, step) if proxied else None)
+                 caption_batch(cfg, "arm", step, cfg.arm_batch), proxy)
 
-# ==== 8. Sampling: answers and pictures ==========================================================
+# ==== 8. Sampling: answers and pictures
 
 def prefill(model, image, text, room):
     """Run [patches] [text] once -> hidden states (B, S, D), KV caches with room for more columns:
@@ -987,12 +952,12 @@ def prefill(model, image, text, room):
     (B, S, D), d, dtype = x.shape, model.cfg.head_dim, compute_dtype(x.device)
     shape = (2, B, D // d, S + room, d)  # keys and values
     caches = [KVCache(*x.new_zeros(shape, dtype=dtype)) for _ in model.blocks]
-    return run_blocks(model.blocks, x, positions, sees, caches), caches
+    return norm(run_blocks(model.blocks, x, positions, sees, caches)), caches
 
 @torch.no_grad()
 def refine(model, tokenizer, image, text, noise, guidance, temperature):
-    """Pictures (B, 3, P, P) of B texts, or of 2 B with the empty ones last if guided. All that is
-    random is in noise (steps, 2, B, N): uniform for the codes, Gumbel for their order.
+    """Pictures (B, 3, P, P) of B texts, of 2 B with empty ones last if guided. All randomness is in
+    noise (steps, 2, B, N): uniform for the codes, Gumbel for their order.
     """
     (steps, _, B, N), MASK = noise.shape, model.cfg.codebook
     h, caches = prefill(model, image, text, N)
@@ -1001,7 +966,7 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
     codes = torch.full((B, N), MASK, device=h.device)
     for step in range(steps):
         x, positions = model.embed_codes(codes.repeat(len(text) // B, 1))
-        h = run_blocks(model.blocks, norm(x), positions, sees, caches, at)
+        h = norm(run_blocks(model.blocks, norm(x), positions, sees, caches, at))
         if len(text) > B:  # the head is linear: guiding its input guides the logits, for half
             conditional, empty = h.chunk(2)
             h = empty + guidance * (conditional - empty)
@@ -1024,12 +989,11 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
 def generate(model, tokenizer, texts, image=None, guidance=1.0, temperature=None, seed=0):
     """Draw a picture of each text, after looking at `image` if given; both (B, 3, P, P).
 
-    MaskGIT (arXiv 2202.04200): all codes start masked; each step predicts all of them at once and
-    keeps the most confident, so that cos(pi/2 * step/steps) stay masked. `temperature` is the
-    randomness of their order, falling to zero; 0 is greedy.
+    MaskGIT (arXiv 2202.04200): all codes start masked; each step predicts them all and keeps the
+    most confident, so that cos(pi/2 * step/steps) stay masked. Temperature 0 is greedy.
     """
     cfg, device = model.cfg, model.word.device
-    # a proxy leaves little open: two steps draw better masks than twelve, which repeat mistakes
+    # a proxy leaves little open: two steps draw better masks than twelve
     steps, length = (cfg.sample_steps, PROMPT_LEN) if image is None else (2, PROXY_LEN)
     shape, g = (steps, len(texts), cfg.tokens), torch.Generator().manual_seed(seed)
     gumbel = -torch.empty(shape).exponential_(generator=g).log()
@@ -1061,10 +1025,10 @@ def answer(model, image, questions, limit=24):
         place = (length + i)[:, None]  # (B, 1)
         x, positions = model.embed_text(out[-1][:, None], place)
         at, sees = U + place[:, 0], (U + place + 1).int()
-        h = run_blocks(model.blocks, norm(x), positions, sees, caches, at)[:, 0]
+        h = norm(run_blocks(model.blocks, norm(x), positions, sees, caches, at))[:, 0]
     return [decode(row) for row in torch.stack(out, 1).tolist()]
 
-# ==== 9. Training: one loop, the run folder ======================================================
+# ==== 9. Training: one loop, the run folder
 
 def one_line(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
@@ -1093,16 +1057,16 @@ class Run:
             cfg = Config(**json.loads((self.folder / "config.json").read_text("utf-8")))
             cfg.validate()
             return cfg
-        except (OSError, ValueError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{self.folder} holds no run of this version ({one_line(e)}); train "
                             "one with --train, or name one with --run") from None
 
     def open(self, cfg):
         """Claim the folder for a configuration; one that holds anything else stays as it is."""
         if self.has("config.json"):
-            theirs, ours = dataclasses.asdict(self.config()), dataclasses.asdict(cfg)
-            others = [f"{name} ({theirs[name]} there, {ours[name]} now)" for name in NAMES
-                      if name not in FREE and theirs[name] != ours[name]]
+            there, now = dataclasses.asdict(self.config()), dataclasses.asdict(cfg)
+            others = [f"{name} ({there[name]} there, {now[name]} now)" for name in NAMES
+                      if name not in FREE and there[name] != now[name]]
             if others:
                 raise UserError(f"{self.folder} is a run with other settings: {', '.join(others)}; "
                                 "use these, or another folder with --run")
@@ -1121,8 +1085,7 @@ class Run:
         try:
             module.load_state_dict(load_file(path))
         except Exception as e:  # safetensors has an error type of its own
-            raise UserError(f"cannot use {path} ({one_line(e)}); delete it, and --train makes it "
-                            "again") from None
+            raise UserError(f"cannot use {path} ({one_line(e)}); delete it and --train") from None
         return module.requires_grad_(False).eval()
 
     def log(self):
@@ -1134,39 +1097,13 @@ def rate_factor(step, steps):
     """Learning-rate factor: a short warm-up, constant, then to zero over the last half."""
     return min(1.0, (step + 1) / min(20, steps), 2 * (steps - step) / steps)
 
-def compile_blocks(module):
-    """Train all blocks through one compiled function; sampling stays eager: its shapes change."""
-    fast = compiled(Block.forward)
-    for block in (m for m in module.modules() if isinstance(m, Block)):
-        plain = block.forward
-        block.forward = lambda *args, block=block, plain=plain: (
-            fast(block, *args) if torch.is_grad_enabled() else plain(*args))
-
-@contextlib.contextmanager
-def signals_to(caught):
-    """Ctrl-C and SIGTERM are added to a list, so that a step is never cut in two."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    before = {number: signal.signal(number, lambda n, frame: caught.append(n))
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
 def train_stage(run, cfg, stage, tokenizer, model=None):
     """The loop of every stage: a batch, a step, a line of the log, now and then a checkpoint."""
-    module, is_arm, start = model or tokenizer, stage in PROXIES, 0
-    cycle = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
-    # in the sequential schedule the learning rate rises and falls twice
-    twice = is_arm and stage != "none" and cfg.draws and cfg.schedule == "sequential"
-    steps, factor = cycle * (1 + bool(twice)), cfg.arm_lr if is_arm else 1.0
+    module, factor, start = model or tokenizer, cfg.arm_lr if stage in PROXIES else 1.0, 0
+    steps = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
     optimizer = Optimizer(module, factor * cfg.lr, factor * cfg.adam_lr if model else 0.002)
     device = next(module.parameters()).device
-    if cfg.compile and device.type != "mps":
-        compile_blocks(module)
+    Block.fast = compiled(Block.forward) if cfg.compile and device.type != "mps" else None
     if run.has("state.pt"):
         state = torch.load(run.folder / "state.pt", map_location=device, weights_only=True)
         if state["stage"] == stage:
@@ -1184,13 +1121,12 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
         return {name: part.detach() for name, part in parts.items() if torch.is_tensor(part)}
 
     update = GraphedStep(update)  # on a GPU one launch a step; a plain call elsewhere
-    caught, began, bar = [], time.perf_counter(), tqdm(
-        range(start, steps), f"{stage:14}", steps, initial=start, mininterval=1, unit="step")
-    with (signals_to(caught), open(run.folder / "log.jsonl", "a", buffering=1) as log):
+    bar, began = tqdm(range(start, steps), f"{stage:14}", steps, initial=start), time.time()
+    with open(run.folder / "log.jsonl", "a", buffering=1) as log:
         for step in bar:
             batch = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x,
                              make_batch(cfg, stage, step))
-            parts = update(batch, torch.tensor(rate_factor(step % cycle, cycle), device=device))
+            parts = update(batch, torch.tensor(rate_factor(step, steps), device=device))
             last = step + 1 == steps
             if step % 10 == 0 or last:
                 values = {name: round(part.item(), 5) for name, part in parts.items()}
@@ -1198,20 +1134,16 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
                     raise UserError(f"the loss of {stage} became {values['loss']} at step {step}; "
                                     "try a lower --lr, in another --run")
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-                seconds = round(time.perf_counter() - began, 2)
+                seconds = round(time.time() - began, 2)
                 line = {"stage": stage, "step": step, **values, "seconds": seconds}
                 log.write(json.dumps(line) + "\n")
-            if not last and (caught or (step + 1) % cfg.save_every == 0):
+            if not last and (step + 1) % cfg.save_every == 0:
                 state = {"stage": stage, "step": step + 1, "module": module.state_dict(),
                          "optimizer": optimizer.state_dict()}
                 torch.save(state, data := io.BytesIO())
                 run.write("state.pt", data.getvalue())
-            if caught and not last:
-                raise KeyboardInterrupt(128 + caught[0])
     run.save(stage, module)
     (run.folder / "state.pt").unlink(missing_ok=True)
-    if caught:
-        raise KeyboardInterrupt(128 + caught[0])
 
 def choose_device(name):
     if name == "auto":
@@ -1221,8 +1153,8 @@ def choose_device(name):
     return torch.device(name)
 
 def train(cfg, folder, base=None):
-    """Every stage in order, skipped if its weights are there: tokenizer and base (copied from the
-    run `base` if given), arms, report.
+    """Every stage whose weights are not there yet, then the report. With another run as `base`,
+    tokenizer and base are copied from it.
     """
     from eval import evaluate, show
     run, device = Run(folder), choose_device(cfg.device)
@@ -1234,8 +1166,8 @@ def train(cfg, folder, base=None):
     torch.manual_seed(cfg.seed)
     tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{run.folder}: {count:.2f}M parameters, {cfg.tokens} codes of {cfg.codebook} a picture, "
-          f"seed {cfg.seed}, {device}, {str(compute_dtype(device))[6:]}, torch {torch.__version__}")
+    print(f"{run.folder}: {count:.1f}M parameters, seed {cfg.seed}, {device}, "
+          f"{compute_dtype(device)}, torch {torch.__version__}")
     for stage in ("tokenizer", "base", *cfg.arms):
         if stage in PROXIES:
             model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
@@ -1247,7 +1179,7 @@ def train(cfg, folder, base=None):
         evaluate(run, device)
     print(show(run))
 
-# ==== 10. Commands ===============================================================================
+# ==== 10. Commands
 
 def find_run(name):
     """A run by its folder or its name under runs/; without a name the newest finished one."""
@@ -1264,7 +1196,7 @@ def load_run(run, name=None, device="cpu"):
     stages = [stage for stage in ["base", *cfg.arms] if run.has(f"{stage}.safetensors")]
     name = name or ("instance" if "instance" in stages else [None, *stages][-1])
     if name not in stages:
-        raise UserError(f"{run.folder} has no model {name}, only {stages}; train it, or name another")
+        raise UserError(f"{run.folder} has no model {name}, only {stages}; train it, or another")
     tokenizer = run.load("tokenizer", VisionTokenizer(cfg)).to(device)
     return cfg, tokenizer, run.load(name, UnifiedModel(cfg)).to(device), name
 
@@ -1295,42 +1227,45 @@ def checked(text, room):
     unknown = [word for word in re.findall(r"\w+", text) if word not in IDS]
     if unknown:
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
-    if not 0 < len(encode(text)) <= room:
+    if not re.search(r"\w", decode(encode(text))) or len(encode(text)) > room:
         raise UserError(f"the text has {len(encode(text))} known words; give 1 to {room}")
     return text
 
 def save_sheet(pictures, path):
     """Write pictures side by side, enlarged, but never among the files of a run."""
-    kind, folder = Image.registered_extensions().get(path.suffix.lower()), Run(path.parent)
-    if kind not in ("PNG", "JPEG", "WEBP") or path.is_dir() or folder.has("config.json"):
-        raise UserError(f"will not write {path}; give a .png, .jpg or .webp outside of runs")
+    in_run = any(Run(folder).has("config.json") for folder in list(path.absolute().parents)[:2])
+    if path.suffix.lower() != ".png" or path.is_dir() or in_run:
+        raise UserError(f"will not write {path}; give --out a .png outside of runs")
     w, h = (max(1, 256 * side // max(pictures[0].size)) for side in pictures[0].size)
     sheet = Image.new("RGB", (len(pictures) * (w + 4) - 4, h), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST), (i * (w + 4), 0))
-    sheet.save(out := io.BytesIO(), kind)
-    folder.write(path.name, out.getvalue())
+    sheet.save(out := io.BytesIO(), "PNG")
+    Run(path.parent).write(path.name, out.getvalue())
 
 def use(args, given):
     """--ask, --generate and --segment on a trained run."""
-    run, proxy = find_run(args.run), args.proxy or "instance"
+    run, proxy, out = find_run(args.run), args.proxy or "instance", Path(args.out or "out.png")
     if not PROXIES.get(proxy, PROXIES["none"]).target:
         raise UserError(f"no proxy {proxy!r} to draw; choose from {', '.join([*PROXIES][1:])}")
+    fixed = set(given) - {"seed", "sample_steps", "guidance", "temperature", *FREE}
+    if fixed:
+        raise UserError(f"a trained run has its own {', '.join(fixed)}; leave that out")
     wanted = dataclasses.replace(run.config(), **{"seed": 0, "device": "auto", **given})
     wanted.validate()
     device, name = choose_device(wanted.device), args.model or (proxy if args.segment else None)
-    cfg, tokenizer, model, name = load_run(run, name, device)
-    model.cfg, who, out = wanted, f"({run.folder}, model {name})", args.out or "out.png"
+    _, tokenizer, model, name = load_run(run, name, device)
+    model.cfg, who = wanted, f"({run.folder}, model {name})"
     if args.generate:
         text = checked(" ".join(args.generate.lower().split()), PROMPT_LEN)
         drawn = generate(model, tokenizer, [text], guidance=wanted.guidance, seed=wanted.seed)
-        save_sheet([to_pil(drawn[0])], Path(out))
+        save_sheet([to_pil(drawn[0])], out)
         return print(f"wrote {out} {who}")
-    image, picture = read_image(args.segment or args.ask[0], cfg.image_size)
+    image, picture = read_image(args.segment or args.ask[0], wanted.image_size)
     if args.segment:
         prompt = PROXIES[proxy].prompt.format(name="red circle")
         drawn = generate(model, tokenizer, [prompt], image.to(device), temperature=0)
-        save_sheet([picture, to_pil(drawn[0])], Path(out))
+        save_sheet([picture, to_pil(drawn[0])], out)
         return print(f"asked to {prompt} wrote {out} {who}")
     question = checked(normalize(args.ask[1]), TEXT_LEN - 8)
     print(answer(model, image.to(device), [question], limit=60)[0])
@@ -1347,13 +1282,12 @@ def parser():
     verb.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question")
     verb.add_argument("--segment", metavar="IMAGE", help="draw the objects of a picture")
     verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
-    for name, text in {
-        "run": "a run's folder, or its name under runs/; default: the preset's name to train, the "
-               "newest finished run to use", "preset": f"sizes of everything: {', '.join(PRESETS)}; "
-        "default: tiny, on a GPU base", "base": "with --train: take tokenizer, base and settings of "
-        "this run", "model": "which model to use: base, none (SFT), instance (SGT), ...",
-        "proxy": "what --segment draws; default: instance", "out": "where to write the picture",
-    }.items():
+    p.add_argument("--preset", choices=PRESETS, help="sizes (default: tiny, on a GPU base)")
+    for name, text in {"run": "a run's folder, or its name under runs/",
+                       "base": "train arms on tokenizer and base of this run",
+                       "model": "which model to use: base, none (SFT), instance (SGT), ...",
+                       "proxy": "what --segment draws (default: instance)",
+                       "out": "where to write the picture (default: out.png)"}.items():
         p.add_argument(f"--{name}", help=text)
     settings = p.add_argument_group("settings (defaults are those of the preset tiny)")
     source = Path(__file__).read_text(encoding="utf-8")
@@ -1367,15 +1301,19 @@ def parser():
                               help=f"{help_of[field.name]} (default: {field.default})")
     return p
 
-def start_training(args, given):
-    """--train: settings are those of the preset, or of the run --base, and what is given."""
+def command(argv):
+    args = parser().parse_args(argv)
+    given = {key[4:]: value for key, value in vars(args).items() if key.startswith("cfg_")}
+    if any(value in ("", []) or "\0" in str(value) for value in vars(args).values()):
+        raise UserError("an argument is empty, or has a zero byte; leave it out")
+    if not args.train:
+        return use(args, given)
+    if args.proxy or args.model or args.out:
+        raise UserError("--train takes no --proxy, --model or --out; did you mean --proxies?")
     gpu = torch.cuda.is_available() and given.get("device") != "cpu"
     preset, base = args.preset or ("base" if gpu else "tiny"), None
-    if preset not in PRESETS or args.proxy or args.model or args.out:
-        raise UserError(f"--train takes --preset {', '.join(PRESETS)} and no --proxy (did you mean "
-                        "--proxies?), --model or --out; correct that")
     start = PRESETS[preset]
-    if args.base:
+    if args.base:  # its settings, but for those of the arms
         base, fixed = find_run(args.base), set(given) - set(ONLY_ARMS)
         if fixed or args.preset:
             raise UserError(f"--base has its own {', '.join(fixed) or 'preset'}; leave that out")
@@ -1384,13 +1322,8 @@ def start_training(args, given):
     cfg.validate()
     train(cfg, find_run(args.run or ("arms" if base else preset)).folder, base)
 
-def command(argv):
-    args = parser().parse_args(argv)
-    given = {key[4:]: value for key, value in vars(args).items() if key.startswith("cfg_")}
-    (start_training if args.train else use)(args, given)
-
 def guarded(command, argv):
-    """Run a command; its exit code: 0, 2 for a mistake of the user, 130 or 143 if interrupted."""
+    """Run a command; its exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe in ASCII cannot say everything
             stream.reconfigure(errors="replace")
@@ -1400,9 +1333,9 @@ def guarded(command, argv):
     except (UserError, OSError, torch.OutOfMemoryError) as e:  # a full disk is no bug either
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as e:  # carries the exit code where the state has been saved
+    except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return e.args[0] if e.args else 130
+        return 130
 
 def main(argv=None):
     return guarded(command, argv)
