@@ -39,7 +39,6 @@ import re
 import sys
 import time
 from collections import Counter, namedtuple
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,49 +58,49 @@ class UserError(Exception):
 
 # ==== 1. Config
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting. The comment behind a field is its --help text; presets are dicts over it."""
-    seed: int = 0               # everything random derives from it
-    image_size: int = 32        # P, pixels a side
+    seed: int = 0  # everything random derives from it
+    image_size: int = 32  # P, pixels a side
     # the vision tokenizer
-    patch: int = 4              # pixels a side of one code
-    fsq_levels: str = "5,5,5,5" # levels of each channel; their product is the codebook size
-    tok_width: int = 128        # width
-    tok_depth: int = 2          # transformer blocks of the decoder
-    tok_steps: int = 1200       # training steps
-    tok_batch: int = 64         # pictures a step
+    patch: int = 4  # pixels a side of one code
+    fsq_levels: str = "5,5,5,5"  # levels of each channel; their product is the codebook size
+    tok_width: int = 128  # width
+    tok_depth: int = 2  # transformer blocks of the decoder
+    tok_steps: int = 1200  # training steps
+    tok_batch: int = 64  # pictures a step
     # the unified model
-    width: int = 128            # D
-    encoder_depth: int = 4      # blocks of the vision encoder, over patches alone; 0: none
-    depth: int = 3              # blocks of the transformer over everything
-    head_dim: int = 32          # width of one attention head
+    width: int = 128  # D
+    encoder_depth: int = 4  # blocks of the vision encoder, over patches alone; 0: none
+    depth: int = 3  # blocks of the transformer over everything
+    head_dim: int = 32  # width of one attention head
     # training of the base
-    base_steps: int = 2800      # steps
-    vqa_batch: int = 40         # dialogues a step
-    t2i_batch: int = 20         # captioned pictures a step
-    lr: float = 0.02            # Muon learning rate of the matrices
-    adam_lr: float = 0.012      # AdamW learning rate of the model's embeddings and heads
+    base_steps: int = 2800  # steps
+    vqa_batch: int = 40  # dialogues a step
+    t2i_batch: int = 20  # captioned pictures a step
+    lr: float = 0.02  # Muon learning rate of the matrices
+    adam_lr: float = 0.012  # AdamW learning rate of the model's embeddings and heads
     # training of the arms; from here on settings may differ from the run that --base names
-    arm_steps: int = 500        # steps of every arm
-    arm_lr: float = 0.3         # both learning rates times this
-    arm_batch: int = 16         # dialogues, and captioned pictures, a step (the replay)
-    ratio: float = 2.0          # pictures drawn of a proxy per dialogue (the paper: 2)
-    arm_scenes: int = 0         # how many pictures have masks; 0: always new ones
+    arm_steps: int = 500  # steps of every arm
+    arm_lr: float = 0.3  # both learning rates times this
+    arm_batch: int = 16  # dialogues, and captioned pictures, a step (the replay)
+    ratio: float = 2.0  # pictures drawn of a proxy per dialogue (the paper: 2)
+    arm_scenes: int = 0  # how many pictures have masks; 0: always new ones
     proxies: str = "none,reconstruction,instance"  # arms, or "all"; none is SFT, instance SGT
-    proxy_weight: float = 1.0   # weight of the proxy's loss (the paper: 1)
+    proxy_weight: float = 1.0  # weight of the proxy's loss (the paper: 1)
     # sampling and evaluation
-    sample_steps: int = 24      # refinement steps of a picture
-    guidance: float = 2.0       # guidance scale; 1: none
-    temperature: float = 6.0    # randomness of the order of fixing codes; 0: greedy
+    sample_steps: int = 24  # refinement steps of a picture
+    guidance: float = 2.0  # guidance scale; 1: none
+    temperature: float = 6.0  # randomness of the order of fixing codes; 0: greedy
     eval_questions: int = 3000  # questions about each look, evenly over the kinds
-    eval_prompts: int = 240     # pictures drawn, evenly over the kinds
-    eval_masks: int = 100       # pictures of each look that are segmented
+    eval_prompts: int = 240  # pictures drawn, evenly over the kinds
+    eval_masks: int = 100  # pictures of each look that are segmented
     # the machine; from here on settings may change while a run goes on
-    save_every: int = 100       # steps between checkpoints
-    compile: bool = True        # compile the transformer block: starts later, runs faster
-    device: str = "auto"        # auto, cpu, cuda or mps
-    threads: int = 0            # CPU threads; 0: all
+    save_every: int = 100  # steps between checkpoints
+    compile: bool = True  # compile the transformer block: starts later, runs faster
+    device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # CPU threads; 0: all
 
     grid = property(lambda self: self.image_size // self.patch)  # G
     tokens = property(lambda self: self.grid ** 2)  # N
@@ -116,11 +115,9 @@ class Config:
     def validate(self):
         """Refuse, in one line, what would otherwise fail late or obscurely."""
         for name, value in dataclasses.asdict(self).items():
-            if type(value) is not type(getattr(Config, name)):
-                raise UserError(f"{name}={value} is of the wrong type; give another")
-            lowest = 0 if name in MAY_BE_ZERO else 1e-9
-            if not isinstance(value, str) and not lowest <= value < 2 ** 32:
-                raise UserError(f"{name}={value} is out of range; give another")
+            lowest, kind = 0 if name in MAY_BE_ZERO else 1e-9, type(getattr(Config, name))
+            if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 32:
+                raise UserError(f"{name}={value} is out of range or no {kind.__name__}; give one")
         widths = f"width={self.width}, head_dim={self.head_dim}, tok_width={self.tok_width}"
         for ok, what in [
             (re.fullmatch("[1-9][0-9]?(,[1-9][0-9]?)*", self.fsq_levels),
@@ -687,9 +684,12 @@ class Block(nn.Module):
         x = x + linear(mixed.transpose(1, 2).reshape(B, S, D), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
-def run_blocks(blocks, x, positions, sees, caches=None, at=0):
-    """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given."""
-    dtype = compute_dtype(x.device)
+def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
+    """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given. By
+    default all rows see all rows.
+    """
+    S, dtype = x.shape[1], compute_dtype(x.device)
+    sees = torch.full((S,), S, dtype=torch.int32, device=x.device) if sees is None else sees
     x = x.to(dtype)
     for i, block in enumerate(blocks):
         cos, sin = rotary(positions, x.shape[-1] // block.heads, dtype)
@@ -699,13 +699,9 @@ def run_blocks(blocks, x, positions, sees, caches=None, at=0):
             x = block(x, cos, sin, sees, caches and caches[i], at)
     return x
 
-def everything(x):
-    """The mask `sees` (S,) with which all rows of x (B, S, D) see all rows."""
-    return torch.full((x.shape[1],), x.shape[1], dtype=torch.int32, device=x.device)
-
 class Stem(nn.Module):
-    """A vector for each patch of a picture, from `reach` x `reach` patches around it: two matrix
-    products of a convolutional stem. Linear patches train far slower.
+    """A vector for each patch of a picture, from `reach` x `reach` patches around it. A hidden
+    layer and overlap, as in a convolutional stem: linear patches train far slower.
     """
     def __init__(self, patch, reach, hidden, width):
         super().__init__()
@@ -762,7 +758,7 @@ class VisionTokenizer(nn.Module):
     def reconstruct(self, point):
         """Grid points (B, N, C) -> image (B, 3, P, P), not clamped, for gradients everywhere."""
         x = norm(linear(point, self.from_code)) + self.position  # (B, N, D)
-        x = norm(run_blocks(self.decoder, x, self.places, everything(x))).float()
+        x = norm(run_blocks(self.decoder, x, self.places)).float()
         x = linear(x, self.patch_out).transpose(1, 2)  # (B, 3 * patch * patch, N)
         side = self.patch * math.isqrt(x.shape[2])
         return F.fold(x, side, self.patch, stride=self.patch) * 0.5 + 0.5
@@ -817,7 +813,7 @@ class UnifiedModel(nn.Module):
     def see(self, image):
         """image (B, 3, P, P) -> features (B, U, D), in fp32, that answers and drawings share."""
         x = self.stem(image.to(compute_dtype(image.device)))
-        return norm(run_blocks(self.encoder, x, self.patch_places, everything(x)).float())
+        return norm(run_blocks(self.encoder, x, self.patch_places).float())
 
     def embed_text(self, text, at):
         """text (B, T) at places (T,) or (B, T) -> embeddings (B, T, D), rotary positions."""
@@ -1010,7 +1006,7 @@ def generate(model, tokenizer, texts, image=None, guidance=1.0, temperature=None
 @torch.no_grad()
 def answer(model, image, questions, limit=24):
     """Greedy answers to one question about each image (B, 3, P, P), word by word."""
-    cfg, device, U = model.cfg, model.word.device, model.cfg.patches
+    device, U = model.word.device, model.cfg.patches
     texts = [encode(question) for question in questions]
     longest, out = max(map(len, texts)), []
     limit = max(1, min(limit, TEXT_LEN - longest))
@@ -1068,16 +1064,12 @@ class Run:
             others = [f"{name} ({there[name]} there, {now[name]} now)" for name in NAMES
                       if name not in FREE and there[name] != now[name]]
             if others:
-                raise UserError(f"{self.folder} is a run with other settings: {', '.join(others)}; "
-                                "use these, or another folder with --run")
+                raise UserError(f"{self.folder} has other settings: {', '.join(others)}; use "
+                                "these, or another folder with --run")
         elif self.folder.exists() and (self.folder.is_file() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} is there and is no run; choose another with --run")
         else:
             self.write("config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-
-    def save(self, stage, module):
-        weights = {name: w.detach().cpu().contiguous() for name, w in module.state_dict().items()}
-        self.write(f"{stage}.safetensors", save(weights))
 
     def load(self, stage, module):
         """The weights of a stage, into a module that will not be trained."""
@@ -1103,7 +1095,7 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
     steps = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
     optimizer = Optimizer(module, factor * cfg.lr, factor * cfg.adam_lr if model else 0.002)
     device = next(module.parameters()).device
-    Block.fast = compiled(Block.forward) if cfg.compile and device.type != "mps" else None
+    Block.fast = compiled(Block.forward) if cfg.compile else None
     if run.has("state.pt"):
         state = torch.load(run.folder / "state.pt", map_location=device, weights_only=True)
         if state["stage"] == stage:
@@ -1142,14 +1134,15 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
                          "optimizer": optimizer.state_dict()}
                 torch.save(state, data := io.BytesIO())
                 run.write("state.pt", data.getvalue())
-    run.save(stage, module)
+    weights = {name: weight.cpu().contiguous() for name, weight in module.state_dict().items()}
+    run.write(f"{stage}.safetensors", save(weights))
     (run.folder / "state.pt").unlink(missing_ok=True)
 
 def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps") or not getattr(torch, name).is_available():
-        raise UserError(f"there is no device {name!r} here; choose auto, cpu, cuda or mps")
+    if name not in ("cpu", "cuda") or not getattr(torch, name).is_available():
+        raise UserError(f"there is no device {name!r} here; choose auto, cpu or cuda")
     return torch.device(name)
 
 def train(cfg, folder, base=None):
@@ -1248,20 +1241,19 @@ def use(args, given):
     run, proxy, out = find_run(args.run), args.proxy or "instance", Path(args.out or "out.png")
     if not PROXIES.get(proxy, PROXIES["none"]).target:
         raise UserError(f"no proxy {proxy!r} to draw; choose from {', '.join([*PROXIES][1:])}")
-    fixed = set(given) - {"seed", "sample_steps", "guidance", "temperature", *FREE}
+    fixed = set(given) - {"seed", "device"}
     if fixed:
         raise UserError(f"a trained run has its own {', '.join(fixed)}; leave that out")
-    wanted = dataclasses.replace(run.config(), **{"seed": 0, "device": "auto", **given})
-    wanted.validate()
-    device, name = choose_device(wanted.device), args.model or (proxy if args.segment else None)
-    _, tokenizer, model, name = load_run(run, name, device)
-    model.cfg, who = wanted, f"({run.folder}, model {name})"
+    device, name = given.get("device", "auto"), args.model or (proxy if args.segment else None)
+    device, seed = choose_device(device), given.get("seed", 0) % 2 ** 32
+    cfg, tokenizer, model, name = load_run(run, name, device)
+    who = f"({run.folder}, model {name})"
     if args.generate:
         text = checked(" ".join(args.generate.lower().split()), PROMPT_LEN)
-        drawn = generate(model, tokenizer, [text], guidance=wanted.guidance, seed=wanted.seed)
+        drawn = generate(model, tokenizer, [text], guidance=cfg.guidance, seed=seed)
         save_sheet([to_pil(drawn[0])], out)
         return print(f"wrote {out} {who}")
-    image, picture = read_image(args.segment or args.ask[0], wanted.image_size)
+    image, picture = read_image(args.segment or args.ask[0], cfg.image_size)
     if args.segment:
         prompt = PROXIES[proxy].prompt.format(name="red circle")
         drawn = generate(model, tokenizer, [prompt], image.to(device), temperature=0)
@@ -1283,12 +1275,11 @@ def parser():
     verb.add_argument("--segment", metavar="IMAGE", help="draw the objects of a picture")
     verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
     p.add_argument("--preset", choices=PRESETS, help="sizes (default: tiny, on a GPU base)")
-    for name, text in {"run": "a run's folder, or its name under runs/",
-                       "base": "train arms on tokenizer and base of this run",
-                       "model": "which model to use: base, none (SFT), instance (SGT), ...",
-                       "proxy": "what --segment draws (default: instance)",
-                       "out": "where to write the picture (default: out.png)"}.items():
-        p.add_argument(f"--{name}", help=text)
+    p.add_argument("--run", help="a run's folder, or its name under runs/")
+    p.add_argument("--base", help="train arms on tokenizer and base of this run")
+    p.add_argument("--model", help="which model to use: base, none (SFT), instance (SGT), ...")
+    p.add_argument("--proxy", help="what --segment draws (default: instance)")
+    p.add_argument("--out", help="where to write the picture (default: out.png)")
     settings = p.add_argument_group("settings (defaults are those of the preset tiny)")
     source = Path(__file__).read_text(encoding="utf-8")
     help_of = dict(re.findall(r"^    (\w+): \w+ = .*?# *(.+)$", source, re.M))
