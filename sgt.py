@@ -20,7 +20,8 @@ colors." 6 words, and the masks, painted as a picture, 64 codes, some of them hi
 86 tokens goes through the transformer; the loss asks for the hidden codes.
 
 The method stands between "┌─ SGT" and "└─"; all else serves it. To add a proxy, add a row to
-PROXIES; a kind of question, a function to QUESTIONS; other data, fill Scenes with Things.
+PROXIES (prompts of PROXY_LEN tokens, all in WORDS); a kind of question, an entry to QUESTIONS;
+other data, fill Scenes with Things.
 
 Shapes: B batch, S sequence, T text, U patches looked at, N codes of a picture (G x G), D width,
 H heads, K codebook size, C channels of a code, M objects, P pixels a side.
@@ -128,8 +129,10 @@ class Config:
              f"{widths}; these must be divisible by head_dim, by 8 and by 32"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms),
              f"proxies={self.proxies}; name each once, of {', '.join(PROXIES)}, or all"),
-            (self.draws != 1 and self.arm_scenes != 1, f"ratio={self.ratio}, arm_scenes="
-             f"{self.arm_scenes}; one picture a step is its own shuffled control; give more"),
+            (self.draws % (self.arm_scenes or 2 ** 40) != 1 and self.arm_scenes != 1,
+             f"ratio={self.ratio}, arm_scenes={self.arm_scenes}; some picture would be its own "
+             "shuffled control; give others"),
+            (self.tok_batch > 1, "tok_batch=1; give 2 or more"),
         ]:
             if not ok:
                 raise UserError(what)
@@ -193,8 +196,8 @@ class Scene(NamedTuple):
     def generator(self, purpose):
         return torch.Generator().manual_seed(self.rng(purpose).getrandbits(63))
 
-def sample_scene(cfg, key, overlap):
-    """Objects that stay apart, but for one overlapping pair in a share `overlap` of the scenes.
+def sample_scene(cfg, key, overlapping):
+    """Objects that stay apart, but for one pair in a share `overlapping` of the scenes.
     The camera looks down on a table: objects lower in the picture are nearer.
     """
     rng, P, placed = random.Random(key), cfg.image_size, []
@@ -208,7 +211,7 @@ def sample_scene(cfg, key, overlap):
     if repeats < 0.2 or repeats > 0.9:
         colors = colors[:1] * count
     # two touching objects of one color would be one blob
-    overlaps = rng.random() < overlap and count > 1 and colors[0] != colors[1]
+    overlaps = rng.random() < overlapping and count > 1 and colors[0] != colors[1]
     if overlaps:
         sizes[:2] = ["big", "big"]
     for i in range(count):
@@ -265,12 +268,12 @@ class Rendered(NamedTuple):
 def render(cfg, scenes, shift=0.0):
     """Paint scenes back to front. `shift` moves the nearest objects so many pixels left."""
     B, P, kinds = len(scenes), cfg.image_size, list(SHAPES)
-    shape, table = torch.full((B, MAX_OBJECTS), -1), torch.zeros(B, MAX_OBJECTS, 6)
+    shape, numbers = torch.full((B, MAX_OBJECTS), -1), torch.zeros(B, MAX_OBJECTS, 6)
     for b, scene in enumerate(scenes):
         for m, o in enumerate(scene.things):
             shape[b, m] = kinds.index(o.shape)
-            table[b, m] = torch.tensor((o.x - shift * o.y / P, o.y, o.radius, *COLORS[o.color]))
-    x, y, radius = table[..., :3, None, None].unbind(2)  # (B, M, 1, 1) each
+            numbers[b, m] = torch.tensor((o.x - shift * o.y / P, o.y, o.radius, *COLORS[o.color]))
+    x, y, radius = numbers[..., :3, None, None].unbind(2)  # (B, M, 1, 1) each
     pixel, cover = torch.arange(P) + 0.5, torch.zeros(B, MAX_OBJECTS, P, P)  # share of a pixel
     for s, distance in enumerate(SHAPES.values()):
         of = shape == s
@@ -280,7 +283,8 @@ def render(cfg, scenes, shift=0.0):
     image = ground[..., None, None].expand(B, 3, P, P)
     instance = torch.zeros(B, P, P, dtype=torch.int64)
     for m in range(MAX_OBJECTS):
-        image = torch.lerp(image, table[:, m, 3:, None, None].expand_as(image), cover[:, m, None])
+        color = numbers[:, m, 3:, None, None].expand_as(image)
+        image = torch.lerp(image, color, cover[:, m, None])
         instance = torch.where(cover[:, m] > 0.5, m + 1, instance)
     textured = [b for b, scene in enumerate(scenes) if scene.textured]
     if textured:
@@ -355,7 +359,7 @@ def reading_order(things, P):
     return sorted(things, key=lambda o: (int(4 * o.y / P), o.x))
 
 def captions(things, rng, P):
-    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and one that tells places.
+    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and three of our own.
     In reading order: else a code cannot know which thing it belongs to, and draws two of one.
     """
     things = reading_order(things, P)
@@ -397,7 +401,7 @@ def describe(things, rng, P):
 # Kinds of questions: (things, rng, P) -> every (question, answer) that the scene allows.
 
 def groups(things, rng):
-    """Five groups in words, with their sizes: ('circles', 2), ('red objects', 1); some empty."""
+    """Up to five groups in words, with their sizes: ('circles', 2), ('red objects', 0)."""
     found = {}
     for _ in range(5):
         shape, color = rng.choice([(o.shape, o.color) for o in things])
@@ -460,7 +464,7 @@ QUESTIONS = {
 REASONING = ("compare", "arithmetic")  # the others are perception, which the paper sees improve
 
 def ask(kind, things, rng, P):
-    """A question and its answer, or None. The answer is drawn first: scenes make none common."""
+    """A question and its answer, or None. The answer is drawn first: none is commoner."""
     options = QUESTIONS[kind](things, rng, P)
     if not options:
         return None
@@ -474,7 +478,7 @@ def dialogue(cfg, scene):
     rng, ids, answers, P = scene.rng("dialogue"), [], [], cfg.image_size
     told = ("list the objects.", describe(scene.things, rng, P))
     room = TEXT_LEN - len(encode(told[0] + told[1])) - 1
-    for kind in [*rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)), None]:
+    for kind in [*rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)), None]:  # None: the end
         turn = ask(kind, scene.things, rng, P) if kind else told
         if turn:
             q, a = encode(turn[0]), encode(turn[1]) + [END]
@@ -516,7 +520,7 @@ def instance(cfg, scenes, r):
     return paint(r.instance, PALETTE[scan_order(cfg, scenes)])
 
 def shuffled(cfg, scenes, r):
-    """The masks of the next picture of the batch: as hard to draw, and nothing to see."""
+    """The masks of another picture of the batch: as hard to draw, and nothing to see."""
     return instance(cfg, scenes, r).roll(1, 0)
 
 # └─
@@ -560,6 +564,7 @@ def boxes(cfg, scenes, r):
     return instance(cfg, scenes, r._replace(instance=ids))
 
 def novel_view(cfg, scenes, r):
+    """From a camera that moved; textures are painted on the picture, and stay."""
     return render(cfg, scenes, shift=cfg.image_size / 6).image
 
 def edges(cfg, scenes, r):
@@ -584,7 +589,7 @@ def hole(x, g):
         image[:, top:top + half, left:left + half] = 0.5
     return x
 
-# ┌─ SGT, 2 of 3: arms differ in their row of this table, that is, in the target alone
+# ┌─ SGT, 2 of 3: arms differ in their row of this table alone
 
 PROXY_LEN = 6  # tokens of every prompt below
 Proxy = namedtuple("Proxy", "level prompt target source", defaults=[None])
@@ -599,7 +604,7 @@ PROXIES = {
     "boxes": Proxy("high", "draw boxes around all objects.", boxes),
     "depth": Proxy("mid", "estimate the depth map now.", depth),
     "novel_view": Proxy("mid", "shift the camera right now.", novel_view),
-    # DIFFERS: restoring needs something broken: a `source` changes what is looked at, too
+    # DIFFERS: to restore needs something broken, so a `source` changes what is looked at, too
     "inpainting": Proxy("mid", "fill in the missing part.", original, hole),
     "edges": Proxy("low", "detect the edges of everything.", edges),
     "reconstruction": Proxy("low", "copy the picture as is.", original),
@@ -685,15 +690,15 @@ class Block(nn.Module):
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
 def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
-    """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given. By
-    default all rows see all rows.
+    """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given;
+    sees (S,) or, with a column `at` for each row, (B, S). By default all rows see all rows.
     """
     S, dtype = x.shape[1], compute_dtype(x.device)
     sees = torch.full((S,), S, dtype=torch.int32, device=x.device) if sees is None else sees
     x = x.to(dtype)
     for i, block in enumerate(blocks):
         cos, sin = rotary(positions, x.shape[-1] // block.heads, dtype)
-        if torch.is_grad_enabled() and Block.fast:
+        if torch.is_grad_enabled() and Block.fast and not caches:
             x = Block.fast(block, x, cos, sin, sees)
         else:
             x = block(x, cos, sin, sees, caches and caches[i], at)
@@ -790,7 +795,8 @@ class VisionTokenizer(nn.Module):
 #
 # The whole attention mask is one integer a row, `sees`: row i attends to columns [0, sees[i]).
 # Patches see all patches, text sees what came before it, codes see everything. The picture that a
-# proxy is drawn of enters as patches only, so what is drawn must come from the vision encoder.
+# proxy is drawn of enters as patches only: what the visible codes do not tell must come from the
+# vision encoder.
 
 class UnifiedModel(nn.Module):
     """A vision encoder, a transformer over patches, text and codes, a text and an image head."""
@@ -836,7 +842,7 @@ class UnifiedModel(nn.Module):
         S, U = x.shape[1], 0 if image is None else self.cfg.patches
         column = torch.arange(S, dtype=torch.int32, device=x.device)
         sees = torch.where(column < U, U, torch.where(column < U + T, column + 1, S))
-        # The trap: rounded to bf16, the sum of feature and position loses what look-ups need.
+        # Summed and normalized in fp32: rounded to bf16 the sum loses what look-ups need.
         return norm(x), positions, sees
 
     def forward(self, image, text, codes):
@@ -871,7 +877,9 @@ class Batch(NamedTuple):
     proxy: tuple | None = None  # image, text, target, is_masked
 
 def losses(model, tokenizer, batch):
-    """Each loss is the mean over its own tokens: a proxy does not thin out the replay."""
+    """Each loss is the mean over its own tokens, so a proxy does not thin out the replay; the
+    weights are the paper's.
+    """
     text = text_loss(model, *batch.questions)
     captions = image_loss(model, tokenizer, *batch.captions)
     proxy = image_loss(model, tokenizer, *batch.proxy) if batch.proxy else 0.0
@@ -923,7 +931,8 @@ def proxy_batch(cfg, name, step, n):
 def tokenizer_batch(cfg, step):
     """Half pictures, half targets of the proxies in turn: the tokenizer must say both."""
     drawn = [name for name in PROXIES if PROXIES[name].target not in (None, original, shuffled)]
-    numbers = range(step * cfg.tok_batch // 2, (step + 1) * cfg.tok_batch // 2)
+    half = cfg.tok_batch // 2
+    numbers = range(step * half, step * half + half)
     pictures = render(cfg, sample(cfg, "tokenizer", numbers, "pictures")).image
     scenes = sample(cfg, "tokenizer", numbers, "masks")
     return torch.cat([pictures, draw_proxy(cfg, drawn[step % len(drawn)], scenes)[2]])
@@ -1126,8 +1135,8 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
                     raise UserError(f"the loss of {stage} became {values['loss']} at step {step}; "
                                     "try a lower --lr, in another --run")
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-                seconds = round(time.time() - began, 2)
-                line = {"stage": stage, "step": step, **values, "seconds": seconds}
+                line = {"stage": stage, "step": step, **values}
+                line["seconds"] = round(time.time() - began, 2)
                 log.write(json.dumps(line) + "\n")
             if not last and (step + 1) % cfg.save_every == 0:
                 state = {"stage": stage, "step": step + 1, "module": module.state_dict(),
