@@ -73,14 +73,14 @@ def same(a, b):
 
 # ---- the code itself
 @pytest.mark.parametrize("name, lines, size", [
-    ("sgt.py", 1350, 70700), ("eval.py", 540, 29500), ("kernels.py", 545, 28000),
+    ("sgt.py", 1345, 70512), ("eval.py", 536, 29141), ("kernels.py", 539, 27601),
     ("test_sgt.py", 900, 52000), ("README.md", 260, 18000)])
 def test_every_file_keeps_to_its_budget(name, lines, size):
     """A file that grows until nobody reads it. Aims: 1300 / 68000, 500 / 28000, 450 / 24000."""
-    data = (HERE / name).read_bytes()
-    rows = data.decode().splitlines()
-    assert name == "README.md" or max(map(len, rows)) <= 100
-    assert len(rows) <= lines and len(data) <= size
+    rows, readme = ((HERE / f).read_text("utf-8").splitlines() for f in (name, "README.md"))
+    counted = [row for row in readme if row.startswith(f"| {name} | {len(rows):,} |")]
+    assert name == "README.md" or counted and max(map(len, rows)) <= 100
+    assert len(rows) <= lines and (HERE / name).stat().st_size <= size
 
 def test_the_method_stands_between_its_fences_and_is_short():
     """A reader who looks for the method and finds caches, graphs and devices."""
