@@ -32,9 +32,10 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 import sgt
-from sgt import MAX_OBJECTS, PALETTE, PROXIES, QUESTIONS, RADII, REASONING, Run, Thing, UserError
+from sgt import MAX_OBJECTS, PALETTE, PROXIES, QUESTIONS, RADII, Run, Thing, UserError
 
 SHAPES, COLORS, LOOKS = list(sgt.SHAPES), list(sgt.COLORS), ("plain", "textured")
+REASONING = ("compare", "arithmetic")  # the others are perception, which the paper sees improve
 
 # ==== 1. Judge: parse a picture back into objects
 
@@ -285,36 +286,33 @@ def patch_states(model, scenes):
     h = sgt.norm(sgt.run_blocks(model.blocks, x, positions, sees))[:, :model.cfg.patches]
     return torch.stack([model.see(image), h.float()]).cpu()
 
-def probe(x, y, fit=None):
+def probe(x, y):
     """Percent right, on the second half of x (n, D), of ridge regression for the classes y (n,)
-    fitted to the first half (of `fit`, if given).
+    fitted to the first half.
     """
-    half, fit = len(x) // 2, x if fit is None else fit
-    mean, deviation = fit[:half].mean(0), fit[:half].std(0) + 1e-6
-    x, fit = (F.pad((z - mean) / deviation, (0, 1), value=1.0).double() for z in (x, fit[:half]))
+    half = len(x) // 2
+    x = (x - x[:half].mean(0)) / (x[:half].std(0) + 1e-6)
+    x = F.pad(x, (0, 1), value=1.0).double()
     penalty = 0.01 * half * torch.eye(x.shape[1], dtype=torch.float64)
-    weight = torch.linalg.solve(fit.T @ fit + penalty, fit.T @ F.one_hot(y[:half]).double())
+    target = x[:half].T @ F.one_hot(y[:half]).double()
+    weight = torch.linalg.solve(x[:half].T @ x[:half] + penalty, target)
     return 100 * float(((x[half:] @ weight).argmax(1) == y[half:]).double().mean())
 
 def inside(cfg, model, n=600):
-    """In %, behind the encoder and behind the last block: linear probes for shape and color of
-    textured patches, one fitted to plain ones; the cosine of centred features of a scene's looks.
+    """In %, behind the encoder and behind the last block: a linear probe for the shape in textured
+    patches, and the cosine of the centred features of a scene's two looks.
     """
     looks = [val_scenes(cfg, n, look) for look in LOOKS]
     cover = F.one_hot(sgt.render(cfg, looks[1]).instance, MAX_OBJECTS + 1).float()
     cover = F.avg_pool2d(cover.permute(0, 3, 1, 2), cfg.see_patch).flatten(2)  # (B, 1 + M, U)
     amount, index = cover[:, 1:].max(1)  # (B, U)
     seen = amount > 0.05  # patches with an object
-    shape, color = (sgt.per_object(looks[0], number).long().gather(1, index + 1)[seen]
-                    for number in (lambda scene, o: SHAPES.index(o.shape),
-                                   lambda scene, o: COLORS.index(o.color)))
+    shape = sgt.per_object(looks[0], lambda scene, o: SHAPES.index(o.shape)).long()  # (B, 1 + M)
+    shape = shape.gather(1, index + 1)[seen]
     plain, textured = (patch_states(model, scenes) for scenes in looks)  # (2, B, U, D)
     centred = [x - x.mean((1, 2), keepdim=True) for x in (plain, textured)]
     cosine = 100 * F.cosine_similarity(*centred, -1).mean((1, 2))
     return {"probe for shape": [probe(x[seen], shape) for x in textured],
-            "probe for color": [probe(x[seen], color) for x in textured],
-            "probe for shape, fitted to plain": [probe(x[seen], shape, p[seen])
-                                                 for x, p in zip(textured, plain)],
             "cosine of the two looks": cosine.tolist()}
 
 # ==== 5. Report
@@ -482,26 +480,24 @@ def study(reports):
     seeds = [r["config"]["seed"] for r in reports]
     if any(f != fixed[0] for f in fixed) or len(set(seeds)) < len(seeds):
         raise UserError("these runs differ in more than the seed, or share one; name others")
-    measures = {"textured": "average", "plain": "average", "generation": "average",
-                "masks": "PQ, textured", "inside": "cosine of the two looks"}
+    columns = {"perception": ("textured", "perception"), "reasoning": ("textured", "reasoning"),
+               "textured": ("textured", "average"), "plain": ("plain", "average"),
+               "position": ("generation", "position"), "generation": ("generation", "average"),
+               "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of the two looks")}
     rows = []
     for arm in ["base", *PROXIES]:
         models = [r["models"][arm] for r in reports if arm in r["models"]]
         if len(models) == len(reports):
             row = [LABELS[arm], PROXIES[arm].level if arm in PROXIES else ""]
-            for part, key in [("textured", "perception"), ("textured", "reasoning"),
-                              ("generation", "position"), *measures.items()]:
-                values = [model[part][key] if part in model else math.nan for model in models]
-                values = [value[0] if isinstance(value, list) else value for value in values]
-                error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-                row.append(f"{statistics.fmean(values):.1f} ± {error:.1f}")
-            row.append(" ".join(f"{m['textured - SFT'][0]:+.1f}" for m in models
-                                if "textured - SFT" in m))
-            rows.append([cell.replace("nan ± nan", "") for cell in row])
-    head = ["perception", "reasoning", "position", "textured", "plain", "generation", "PQ",
-            "cosine of looks", "textured − SFT by seed"]
+            for part, key in columns.values():
+                values = [float(np.ravel(model[part][key])[0]) for model in models if part in model]
+                error = np.std(values, ddof=1) / math.sqrt(len(values)) if values else 0.0
+                row.append(f"{np.mean(values):.1f} ± {error:.1f}" if values else "")
+            each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
+            rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
+    head = ["arm", "level", *columns, "textured − SFT by seed"]
     return (f"seeds {seeds}: mean ± standard error over seeds; perception, reasoning, PQ and "
-            f"cosine are of textured scenes\n{table(['arm', 'level', *head], rows)}")
+            f"cosine (of the two looks) are of textured scenes\n{table(head, rows)}")
 
 def command(argv):
     p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -529,8 +525,7 @@ def command(argv):
             evaluate(run, device)
     print(study([read_report(run) for run in runs]) if len(runs) > 1 else show(runs[0]))
 
-def main(argv=None):
-    return sgt.guarded(command, argv)
+main = functools.partial(sgt.main, command=command)
 
 if __name__ == "__main__":
     sys.exit(main())

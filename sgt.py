@@ -16,12 +16,10 @@ whether it does.
   target --> tokenizer --> codes, some masked -----+                     +--> text head --> words
 
 By default a picture of 32 x 32 pixels becomes 16 features, "segment instances with different
-colors." 6 words, and the masks, painted as a picture, 64 codes, some of them hidden. That row of
-86 tokens goes through the transformer; the loss asks for the hidden codes.
+colors." 6 words, and the masks, painted as a picture, 64 codes, some of them hidden: 86 tokens.
 
 The method stands between "┌─ SGT" and "└─"; all else serves it. To add a proxy, add a row to
-PROXIES (prompts of PROXY_LEN tokens, all in WORDS); a kind of question, an entry to QUESTIONS;
-other data, fill Scenes with Things.
+PROXIES; a kind of question, an entry to QUESTIONS; other data, fill Scenes with Things.
 
 Shapes: B batch, S sequence, T text, U patches looked at, N codes of a picture (G x G), D width,
 H heads, K codebook size, C channels of a code, M objects, P pixels a side.
@@ -77,14 +75,13 @@ class Config:
     depth: int = 3  # blocks of the transformer over everything
     head_dim: int = 32  # width of one attention head
     # training of the base
-    base_steps: int = 2800  # steps
-    vqa_batch: int = 40  # dialogues a step
-    t2i_batch: int = 20  # captioned pictures a step
+    base_steps: int = 1900  # steps
+    vqa_batch: int = 36  # dialogues a step
+    t2i_batch: int = 24  # captioned pictures a step
     lr: float = 0.02  # Muon learning rate of the matrices
     adam_lr: float = 0.012  # AdamW learning rate of the model's embeddings and heads
     # training of the arms; from here on settings may differ from the run that --base names
     arm_steps: int = 500  # steps of every arm
-    arm_lr: float = 0.3  # both learning rates times this
     arm_batch: int = 16  # dialogues, and captioned pictures, a step (the replay)
     ratio: float = 2.0  # pictures drawn of a proxy per dialogue (the paper: 2)
     arm_scenes: int = 0  # how many pictures have masks; 0: always new ones
@@ -119,23 +116,21 @@ class Config:
             lowest, kind = 0 if name in MAY_BE_ZERO else 1e-9, type(getattr(Config, name))
             if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 32:
                 raise UserError(f"{name}={value} is out of range or no {kind.__name__}; give one")
-        widths = f"width={self.width}, head_dim={self.head_dim}, tok_width={self.tok_width}"
-        for ok, what in [
-            (re.fullmatch("[1-9][0-9]?(,[1-9][0-9]?)*", self.fsq_levels),
-             f"fsq_levels={self.fsq_levels}; try 5,5,5,5"),
-            (self.image_size % self.see_patch == 0 and self.image_size >= 32,
-             f"image_size={self.image_size}; give a multiple of {self.see_patch}, 32 or more"),
+        for ok, names, how in [
+            (re.fullmatch("[1-9][0-9]?(,[1-9][0-9]?)*", self.fsq_levels), "fsq_levels",
+             "try 5,5,5,5"),
+            (self.image_size % self.see_patch == 0 and self.image_size >= 32, "image_size",
+             f"give a multiple of {self.see_patch}, 32 or more"),
             (self.width % self.head_dim == self.head_dim % 8 == self.tok_width % 32 == 0,
-             f"{widths}; these must be divisible by head_dim, by 8 and by 32"),
-            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms),
-             f"proxies={self.proxies}; name each once, of {', '.join(PROXIES)}, or all"),
-            (self.draws % (self.arm_scenes or 2 ** 40) != 1 and self.arm_scenes != 1,
-             f"ratio={self.ratio}, arm_scenes={self.arm_scenes}; some picture would be its own "
-             "shuffled control; give others"),
-            (self.tok_batch > 1, "tok_batch=1; give 2 or more"),
+             "width head_dim tok_width", "these must be divisible by head_dim, by 8 and by 32"),
+            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), "proxies",
+             f"name each once, of {', '.join(PROXIES)}, or all"),
+            (self.draws != 1 and self.arm_scenes != 1 and self.tok_batch > 1,
+             "ratio arm_scenes tok_batch", "one picture has no other to be mixed up with; give 2")
         ]:
             if not ok:
-                raise UserError(what)
+                got = ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
+                raise UserError(f"{got}; {how}")
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
 ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_every"):]
@@ -221,14 +216,14 @@ def sample_scene(cfg, key, overlapping):
         for _ in range(12):  # tries; then the scene does without this object
             x, y = (low + rng.randrange(slots) * LATTICE for _ in "xy")
             others = placed
-            if overlaps and i == 1:  # side by side: height must not tell which is in front
-                away = round(rng.uniform(0.45, 0.7) * (radius + placed[0].radius))
-                x, y, others = placed[0].x + rng.choice([-away, away]), placed[0].y, []
+            if overlaps and i == 1:  # a diagonal neighbour of the first
+                x, y = (c + rng.choice([-1, 1]) * round(rng.uniform(0.3, 0.6) * 2 * radius)
+                        for c in placed[0][3:5])
+                others = []
             gaps = [max(abs(x - o.x), abs(y - o.y)) - radius - o.radius for o in others]
-            if min(gaps, default=1) >= 1 and low <= x <= P - low:
+            if min(gaps, default=1) >= 1 and low <= min(x, y) and max(x, y) <= P - low:
                 placed.append(Thing(shapes[i], colors[i], sizes[i], x, y, radius, 0))
                 break
-    rng.shuffle(placed)  # the overlapping pair, at one height, in random order
     placed.sort(key=lambda o: o.y)
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
     return Scene(key, things, rng.randrange(len(BACKGROUNDS)))
@@ -261,12 +256,12 @@ def waves(cfg, scene, strength=0.28, noise=0.06):
     texture = strength * texture + noise * rng.normal(size=texture.shape[1:])
     return torch.from_numpy(texture.astype(np.float32))
 
-class Rendered(NamedTuple):
-    image: Tensor  # (B, 3, P, P) in [0, 1]
-    instance: Tensor  # (B, P, P) index of the Thing in front; 0: background
+Rendered = namedtuple("Rendered", "image instance")
 
 def render(cfg, scenes, shift=0.0):
-    """Paint scenes back to front. `shift` moves the nearest objects so many pixels left."""
+    """Paint scenes back to front: image (B, 3, P, P) in [0, 1], and instance (B, P, P), the index
+    of the Thing in front, 0 for background. `shift` moves near objects so many pixels left.
+    """
     B, P, kinds = len(scenes), cfg.image_size, list(SHAPES)
     shape, numbers = torch.full((B, MAX_OBJECTS), -1), torch.zeros(B, MAX_OBJECTS, 6)
     for b, scene in enumerate(scenes):
@@ -359,11 +354,11 @@ def reading_order(things, P):
     return sorted(things, key=lambda o: (int(4 * o.y / P), o.x))
 
 def captions(things, rng, P):
-    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and three of our own.
+    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and one of our own.
     In reading order: else a code cannot know which thing it belongs to, and draws two of one.
     """
     things = reading_order(things, P)
-    n, shapes, nouns = len(things), {o.shape for o in things}, Counter(map(noun, things))
+    n, shapes = len(things), {o.shape for o in things}
     found = {"places": ", ".join(f"{noun(o)} {where(o, P)}" for o in things)}
     if n == 1:
         found |= {"single": f"a {things[0].shape}", "colors": f"a {noun(things[0])}"}
@@ -376,10 +371,6 @@ def captions(things, rng, P):
         a, b = rng.sample(things, 2)
         if relation(a, b):
             found["position"] = f"a {a.shape} {relation(a, b)} a {b.shape}"
-            found["position_color"] = f"a {noun(a)} {relation(a, b)} a {noun(b)}"
-    else:
-        found["long"] = ", ".join(f"a {name}" if k == 1 else f"{NUMBERS[k]} {plural(name)}"
-                                  for name, k in nouns.items())
     return found
 
 def caption(cfg, scene):
@@ -391,9 +382,8 @@ def describe(things, rng, P):
     parts = []
     for o in rng.sample(things, len(things)):
         facts = [where(o, P), o.size]
-        touching = [p for p in things if p is not o and overlap(o, p)]
-        if touching:
-            facts.append("front" if o.index > touching[0].index else "hidden")
+        facts += ["front" if o.index > p.index else "hidden"
+                  for p in things if p is not o and overlap(o, p)]
         name = " ".join(rng.sample([o.color, o.shape], 2))
         parts.append(" ".join([name, *rng.sample(facts, len(facts))]))
     return ", ".join(parts) + "."
@@ -461,7 +451,6 @@ QUESTIONS = {
         for (a, n), (b, m) in itertools.permutations(groups(things, rng), 2)],
     "arithmetic": arithmetic,
 }
-REASONING = ("compare", "arithmetic")  # the others are perception, which the paper sees improve
 
 def ask(kind, things, rng, P):
     """A question and its answer, or None. The answer is drawn first: none is commoner."""
@@ -476,15 +465,15 @@ def dialogue(cfg, scene):
     there, the same ids in answers and -100 in questions.
     """
     rng, ids, answers, P = scene.rng("dialogue"), [], [], cfg.image_size
-    told = ("list the objects.", describe(scene.things, rng, P))
-    room = TEXT_LEN - len(encode(told[0] + told[1])) - 1
-    for kind in [*rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)), None]:  # None: the end
-        turn = ask(kind, scene.things, rng, P) if kind else told
-        if turn:
-            q, a = encode(turn[0]), encode(turn[1]) + [END]
-            if len(ids) + len(q) + len(a) <= (room if kind else TEXT_LEN):
-                ids += q + a
-                answers += [-100] * len(q) + a
+    last = "list the objects.", describe(scene.things, rng, P)
+    room = TEXT_LEN - len(encode("".join(last))) - 1
+    turns = [ask(kind, scene.things, rng, P)
+             for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS))]
+    for turn in [*filter(None, turns), last]:
+        q, a = encode(turn[0]), encode(turn[1]) + [END]
+        if turn is last or len(ids) + len(q) + len(a) <= room:
+            ids += q + a
+            answers += [-100] * len(q) + a
     return ids, answers
 
 # ==== 4. Proxies: what the model may be asked to draw of a picture that it looks at
@@ -555,12 +544,11 @@ def depth(cfg, scenes, r):
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
     ids = torch.zeros_like(r.instance)
-    for out, picture in zip(ids, r.instance):
-        for index in range(1, 1 + MAX_OBJECTS):
-            y, x = torch.nonzero(picture == index, as_tuple=True)
-            if len(y):
-                out[[y.min(), y.max()], x.min():x.max() + 1] = index
-                out[y.min():y.max() + 1, [x.min(), x.max()]] = index
+    for index in range(1, 1 + MAX_OBJECTS):
+        mask = r.instance == index  # (B, P, P)
+        box = (mask.any(1, keepdim=True) & mask.any(2, keepdim=True)).float()
+        inside = -F.max_pool2d(-box, 3, 1, 1)  # the box without its outline
+        ids = torch.where(box > inside, index, ids)
     return instance(cfg, scenes, r._replace(instance=ids))
 
 def novel_view(cfg, scenes, r):
@@ -568,10 +556,8 @@ def novel_view(cfg, scenes, r):
     return render(cfg, scenes, shift=cfg.image_size / 6).image
 
 def edges(cfg, scenes, r):
-    gray = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    dx = gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]
-    dy = gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]
-    return (4 * torch.hypot(dx, dy)).clamp(0, 1).expand(-1, 3, -1, -1)
+    dy, dx = torch.gradient(r.image.mean(1, keepdim=True), dim=(2, 3))
+    return (8 * torch.hypot(dx, dy)).clamp(0, 1).expand(-1, 3, -1, -1)
 
 def original(cfg, scenes, r):
     return r.image
@@ -806,7 +792,7 @@ class UnifiedModel(nn.Module):
         self.stem = Stem(cfg.see_patch, 2, 2 * D, D)
         self.encoder = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.encoder_depth))
         self.blocks = nn.ModuleList(Block(D, cfg.head_dim) for _ in range(cfg.depth))
-        self.word, self.code = table(V, D), table(K + 1, D)  # the last code is the mask
+        self.word, self.word_before, self.code = table(V, D), table(V, D), table(K + 1, D)
         self.patch_position = table(cfg.patches, D, scale=0.5)
         self.text_position = table(TEXT_LEN, D, scale=0.5)
         self.code_position = table(cfg.tokens, D, scale=0.5)
@@ -821,10 +807,14 @@ class UnifiedModel(nn.Module):
         x = self.stem(image.to(compute_dtype(image.device)))
         return norm(run_blocks(self.encoder, x, self.patch_places).float())
 
-    def embed_text(self, text, at):
-        """text (B, T) at places (T,) or (B, T) -> embeddings (B, T, D), rotary positions."""
-        x = F.embedding(text, norm(self.word)) + self.text_position[at]
-        return x, (self.code_places.max() + 1 + at)[..., None].expand(*at.shape, 2)
+    def embed_text(self, text, before, at):
+        """text (B, T) at places (T,) or (B, T), and the word before each -> embeddings (B, T, D),
+        rotary positions. With both words "red ring" is one thing to look up from the first block
+        on; by itself a small transformer learns to put them together in some seeds only.
+        """
+        x = F.embedding(text, norm(self.word)) + F.embedding(before, norm(self.word_before))
+        places = (self.code_places.max() + 1 + at)[..., None].expand(*at.shape, 2)
+        return x + self.text_position[at], places
 
     def embed_codes(self, codes):
         """codes (B, N), K where masked -> embeddings (B, N, D), rotary positions (N, 2)."""
@@ -835,7 +825,8 @@ class UnifiedModel(nn.Module):
         T, parts = text.shape[1], []
         if image is not None:
             parts.append((self.see(image) + self.patch_position, self.patch_places))
-        parts.append(self.embed_text(text, torch.arange(T, device=text.device)))
+        before = F.pad(text[:, :-1], (1, 0), value=PAD)
+        parts.append(self.embed_text(text, before, torch.arange(T, device=text.device)))
         if codes is not None:
             parts.append(self.embed_codes(codes))
         x, positions = (torch.cat(part, -2) for part in zip(*parts))
@@ -1017,21 +1008,22 @@ def answer(model, image, questions, limit=24):
     """Greedy answers to one question about each image (B, 3, P, P), word by word."""
     device, U = model.word.device, model.cfg.patches
     texts = [encode(question) for question in questions]
-    longest, out = max(map(len, texts)), []
+    longest = max(map(len, texts))
     limit = max(1, min(limit, TEXT_LEN - longest))
     length = torch.tensor([len(text) for text in texts], device=device)  # (B,)
     h, caches = prefill(model, image, pad(texts, longest).to(device), limit)
     h = h[torch.arange(len(texts)), U + length - 1]  # (B, D)
+    words = torch.tensor([[text[-1]] for text in texts], device=device)  # (B, 1 + said)
     for i in range(limit):
-        out.append(linear(h, model.text_head).float().argmax(-1))  # (B,)
-        if all(END in row for row in torch.stack(out, 1).tolist()):
+        words = torch.cat([words, linear(h, model.text_head).float().argmax(-1)[:, None]], 1)
+        if (words[:, 1:] == END).any(1).all():
             break
         # an answer begins right behind its question, over the padding: a column for each row
         place = (length + i)[:, None]  # (B, 1)
-        x, positions = model.embed_text(out[-1][:, None], place)
+        x, positions = model.embed_text(words[:, -1:], words[:, -2:-1], place)
         at, sees = U + place[:, 0], (U + place + 1).int()
         h = norm(run_blocks(model.blocks, norm(x), positions, sees, caches, at))[:, 0]
-    return [decode(row) for row in torch.stack(out, 1).tolist()]
+    return [decode(row) for row in words[:, 1:].tolist()]
 
 # ==== 9. Training: one loop, the run folder
 
@@ -1100,9 +1092,9 @@ def rate_factor(step, steps):
 
 def train_stage(run, cfg, stage, tokenizer, model=None):
     """The loop of every stage: a batch, a step, a line of the log, now and then a checkpoint."""
-    module, factor, start = model or tokenizer, cfg.arm_lr if stage in PROXIES else 1.0, 0
+    module, start = model or tokenizer, 0
     steps = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
-    optimizer = Optimizer(module, factor * cfg.lr, factor * cfg.adam_lr if model else 0.002)
+    optimizer = Optimizer(module, cfg.lr, cfg.adam_lr if model else 0.002)
     device = next(module.parameters()).device
     Block.fast = compiled(Block.forward) if cfg.compile else None
     if run.has("state.pt"):
@@ -1203,7 +1195,7 @@ def load_run(run, name=None, device="cpu"):
     return cfg, tokenizer, run.load(name, UnifiedModel(cfg)).to(device), name
 
 def read_image(path, size):
-    """Any picture: squeezed to (1, 3, size, size) in [0, 1], and as it was, upright and in RGB."""
+    """Any picture as a person sees it, upright, squeezed to (1, 3, size, size) in [0, 1]."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -1218,7 +1210,7 @@ def read_image(path, size):
     picture = Image.alpha_composite(white, picture).convert("RGB")
     kind = Image.Resampling.BOX if min(picture.size) >= size else Image.Resampling.BICUBIC
     pixels = np.asarray(picture.resize((size, size), kind), np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None], picture
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 def to_pil(image):
     pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte()
@@ -1233,43 +1225,38 @@ def checked(text, room):
         raise UserError(f"the text has {len(encode(text))} known words; give 1 to {room}")
     return text
 
-def save_sheet(pictures, path):
-    """Write pictures side by side, enlarged, but never among the files of a run."""
+def save_png(image, path):
+    """Write (3, h, w) in [0, 1], enlarged, but never among the files of a run."""
     in_run = any(Run(folder).has("config.json") for folder in list(path.absolute().parents)[:2])
     if path.suffix.lower() != ".png" or path.is_dir() or in_run:
         raise UserError(f"will not write {path}; give --out a .png outside of runs")
-    w, h = (max(1, 256 * side // max(pictures[0].size)) for side in pictures[0].size)
-    sheet = Image.new("RGB", (len(pictures) * (w + 4) - 4, h), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST), (i * (w + 4), 0))
-    sheet.save(out := io.BytesIO(), "PNG")
+    picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.Resampling.NEAREST)
+    picture.save(out := io.BytesIO(), "PNG")
     Run(path.parent).write(path.name, out.getvalue())
 
 def use(args, given):
     """--ask, --generate and --segment on a trained run."""
-    run, proxy, out = find_run(args.run), args.proxy or "instance", Path(args.out or "out.png")
-    if not PROXIES.get(proxy, PROXIES["none"]).target:
-        raise UserError(f"no proxy {proxy!r} to draw; choose from {', '.join([*PROXIES][1:])}")
+    run, out = find_run(args.run), Path(args.out or "out.png")
     fixed = set(given) - {"seed", "device"}
     if fixed:
         raise UserError(f"a trained run has its own {', '.join(fixed)}; leave that out")
-    device, name = given.get("device", "auto"), args.model or (proxy if args.segment else None)
-    device, seed = choose_device(device), given.get("seed", 0) % 2 ** 32
-    cfg, tokenizer, model, name = load_run(run, name, device)
+    device, seed = choose_device(given.get("device", "auto")), given.get("seed", 0) % 2 ** 32
+    cfg, tokenizer, model, name = load_run(run, args.model, device)
     who = f"({run.folder}, model {name})"
     if args.generate:
         text = checked(" ".join(args.generate.lower().split()), PROMPT_LEN)
         drawn = generate(model, tokenizer, [text], guidance=cfg.guidance, seed=seed)
-        save_sheet([to_pil(drawn[0])], out)
+        save_png(drawn[0], out)
         return print(f"wrote {out} {who}")
-    image, picture = read_image(args.segment or args.ask[0], cfg.image_size)
-    if args.segment:
-        prompt = PROXIES[proxy].prompt.format(name="red circle")
-        drawn = generate(model, tokenizer, [prompt], image.to(device), temperature=0)
-        save_sheet([picture, to_pil(drawn[0])], out)
+    image = read_image(args.segment or args.ask[0], cfg.image_size).to(device)
+    if args.segment:  # what this model was trained to draw
+        proxy = PROXIES[name if name in PROXIES and PROXIES[name].target else "instance"]
+        prompt = proxy.prompt.format(name="red circle")
+        drawn = generate(model, tokenizer, [prompt], image, temperature=0)
+        save_png(torch.cat([F.pad(image, (0, 1), value=1.0), drawn], -1)[0], out)
         return print(f"asked to {prompt} wrote {out} {who}")
     question = checked(normalize(args.ask[1]), TEXT_LEN - 8)
-    print(answer(model, image.to(device), [question], limit=60)[0])
+    print(answer(model, image, [question], limit=60)[0])
     print(who, file=sys.stderr)
 
 class Parser(argparse.ArgumentParser):
@@ -1281,13 +1268,12 @@ def parser():
     verb = p.add_mutually_exclusive_group(required=True)
     verb.add_argument("--train", action="store_true", help="train and compare, or go on with it")
     verb.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question")
-    verb.add_argument("--segment", metavar="IMAGE", help="draw the objects of a picture")
+    verb.add_argument("--segment", metavar="IMAGE", help="draw the masks, or what --model draws")
     verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
     p.add_argument("--preset", choices=PRESETS, help="sizes (default: tiny, on a GPU base)")
     p.add_argument("--run", help="a run's folder, or its name under runs/")
     p.add_argument("--base", help="train arms on tokenizer and base of this run")
     p.add_argument("--model", help="which model to use: base, none (SFT), instance (SGT), ...")
-    p.add_argument("--proxy", help="what --segment draws (default: instance)")
     p.add_argument("--out", help="where to write the picture (default: out.png)")
     settings = p.add_argument_group("settings (defaults are those of the preset tiny)")
     source = Path(__file__).read_text(encoding="utf-8")
@@ -1296,20 +1282,19 @@ def parser():
         kind = {"type": type(field.default), "metavar": field.type.upper()}
         if field.type == "bool":
             kind = {"action": argparse.BooleanOptionalAction}
-        settings.add_argument("--" + field.name.replace("_", "-"), dest="cfg_" + field.name,
-                              default=argparse.SUPPRESS, **kind,
-                              help=f"{help_of[field.name]} (default: {field.default})")
+        settings.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                              help=f"{help_of[field.name]} (default: {field.default})", **kind)
     return p
 
 def command(argv):
     args = parser().parse_args(argv)
-    given = {key[4:]: value for key, value in vars(args).items() if key.startswith("cfg_")}
+    given = {name: value for name, value in vars(args).items() if name in NAMES}
     if any(value in ("", []) or "\0" in str(value) for value in vars(args).values()):
         raise UserError("an argument is empty, or has a zero byte; leave it out")
     if not args.train:
         return use(args, given)
-    if args.proxy or args.model or args.out:
-        raise UserError("--train takes no --proxy, --model or --out; did you mean --proxies?")
+    if args.model or args.out:
+        raise UserError("--train takes no --model or --out; leave them out")
     gpu = torch.cuda.is_available() and given.get("device") != "cpu"
     preset, base = args.preset or ("base" if gpu else "tiny"), None
     start = PRESETS[preset]
@@ -1322,7 +1307,7 @@ def command(argv):
     cfg.validate()
     train(cfg, find_run(args.run or ("arms" if base else preset)).folder, base)
 
-def guarded(command, argv):
+def main(argv=None, command=command):
     """Run a command; its exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe in ASCII cannot say everything
@@ -1336,9 +1321,6 @@ def guarded(command, argv):
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-
-def main(argv=None):
-    return guarded(command, argv)
 
 if __name__ == "__main__":
     import sgt  # eval.py imports this file as `sgt`: run that copy, so that there is only one

@@ -4,6 +4,7 @@
 
 Names are sentences; each docstring names the bug that the test would catch.
 """
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections import Counter
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def same(a, b):
 
 # ---- the code itself
 @pytest.mark.parametrize("name, lines, size", [
-    ("sgt.py", 1345, 70512), ("eval.py", 536, 29141), ("kernels.py", 539, 27601),
+    ("sgt.py", 1327, 69333), ("eval.py", 531, 28679), ("kernels.py", 496, 25131),
     ("test_sgt.py", 900, 52000), ("README.md", 260, 18000)])
 def test_every_file_keeps_to_its_budget(name, lines, size):
     """A file that grows until nobody reads it. Aims: 1300 / 68000, 500 / 28000, 450 / 24000."""
@@ -454,7 +454,7 @@ def test_cached_answers_are_those_of_reading_everything_again(exact):
         assert answer == sgt.decode(ids[-7:]) == sgt.answer(model, image, [question], limit=7)[0]
     assert len(set(together)) > 1
 
-CODES = types.SimpleNamespace(decode=lambda codes: codes)  # a tokenizer that shows the codes
+CODES = argparse.Namespace(decode=lambda codes: codes)  # a tokenizer that shows the codes
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -565,8 +565,7 @@ def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
         return real(cfg, stage, step)
     monkeypatch.setattr(sgt, "make_batch", make_batch)
     assert [sgt.main(halves) for _ in range(4)] == [130] * 4 and not stops
-    with open(tmp_path / "b/log.jsonl", "a") as log:
-        log.write('{"stage": "ba')  # a crash left a part of a line
+    (tmp_path / "b/log.jsonl").open("a").write('{"stage": "ba')  # what a crash left
     assert sgt.main(halves) == 0
     a, b, c = (contents(tmp_path / name) for name in "abc")
     logs = [re.sub(rb', "seconds": [^}]*', b"", files.pop("log.jsonl")) for files in (a, b, c)]
@@ -595,7 +594,7 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
         assert refused(sgt.main([*base, "other", wrong]), capsys.readouterr().err)
     for equal, options in [
             ("tokenizer base none instance", "--save-every 1"),
-            ("tokenizer base none", "--ratio 0"), ("tokenizer base", "--arm-lr 0.1"),
+            ("tokenizer base none", "--ratio 0"), ("tokenizer base", "--arm-batch 3"),
             ("tokenizer base none", "--arm-scenes 2 --proxies none,depth")]:
         shutil.rmtree("runs/other", ignore_errors=True)
         assert sgt.main([*base, "runs/other", *options.split()]) == 0, options
@@ -607,11 +606,9 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
             assert ours["instance.safetensors"] == theirs["none.safetensors"]
 
 # ---- 10. commands
-def test_help_explains_every_setting(capsys):
+def test_help_explains_every_setting():
     """A setting whose comment does not reach the person at the keyboard."""
-    with pytest.raises(SystemExit, match="0"):
-        sgt.main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(python(HERE / "sgt.py", "--help").stdout.split())
     for field in dataclasses.fields(Config):
         line, = [line for line in SOURCE if line.startswith(f"    {field.name}: {field.type} = ")]
         assert f"{line.split('#', 1)[1].strip()} (default: {field.default})" in said
@@ -620,7 +617,7 @@ def test_any_picture_can_be_asked_about(copied, tmp_path):
     """A crash on 16 bits or a palette; glass that is black; a photograph on its side."""
     exif, deep = Image.Exif(), np.arange(4096, dtype=np.uint16).reshape(64, 64)
     exif[274] = 6  # turned by a quarter
-    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.linear_gradient("L").save(tmp_path / "turned.jpg", exif=exif)
     for name, picture in {
             "gray.png": Image.new("L", (7, 90), 255), "palette.gif": Image.new("P", (50, 20)),
             "half.png": Image.new("LA", (32, 32), (0, 0)), "dot.png": Image.new("1", (1, 1)),
@@ -631,11 +628,12 @@ def test_any_picture_can_be_asked_about(copied, tmp_path):
     low, high = {}, {}
     for path in tmp_path.glob("*.*"):
         assert sgt.main(["--ask", str(path), "What color is the ring?"]) == 0
-        small, upright = sgt.read_image(path, 32)
+        small = sgt.read_image(path, 32)
         low[path.stem], high[path.stem] = small.amin((0, 2, 3)), small.amax((0, 2, 3))
-        assert path.stem != "turned" or upright.size == (20, 40)
     assert min(low["half"].min(), low["glass"].min(), low["gray"].min()) == 1
     assert low["deep"].max() < 0.05 and high["deep"].min() > 0.95
+    turned = sgt.read_image(tmp_path / "turned.jpg", 32)[0, 0]
+    assert turned.std(0).max() < 0.02 and turned.std(1).min() > 0.2
     assert low["ink"][0] > 0.7 and high["ink"][1:].max() < 0.3
 
 def test_the_verbs_use_the_newest_run_from_anywhere(copied, tmp_path, capsys, monkeypatch):
@@ -650,28 +648,32 @@ def test_the_verbs_use_the_newest_run_from_anywhere(copied, tmp_path, capsys, mo
         assert sgt.main(["--generate", "Two  RED circles", "--seed", seed, *run]) == 0
         drawn.append(Path("out.png").read_bytes())
     assert drawn[0] == drawn[1] != drawn[2] and Image.open("out.png").size == (256, 256)
-    for out, proxy in (("deep/a.png", "instance"), ("b.PNG", "reconstruction")):
-        assert sgt.main(["--segment", red, "--out", out, "--proxy", proxy, *run]) == 0
-        assert Image.open(out).size == (2 * 256 + 4, 192)
+    for out, model in (("deep/a.png", "instance"), ("b.PNG", "base")):
+        assert sgt.main(["--segment", red, "--out", out, "--model", model, *run]) == 0
+        assert Image.open(out).size == ((2 * 32 + 1) * 8, 256)
     said = python(HERE / "sgt.py", "--ask", red, "a 円 ring?", *run, PYTHONIOENCODING="ascii")
     assert said.returncode == 0 and "unknown and left out" in said.stderr
+
+def test_the_lines_for_a_notebook_in_the_readme_run_as_written(copied):
+    """A snippet that the code has left behind."""
+    lines, = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)
+    exec(re.sub(r'"scenes.*png"', '"red.png"', lines.replace("runs/tiny", "runs/smoke")), got := {})
+    assert got["masks"].size == got["drawn"].size == (32, 32)
 
 @pytest.mark.parametrize("line", [
     "", "--trian", "--train --generate ring", "--train --base-step 3", "--train --lr fast",
     "--train --lr nan", "--train --depth -1", "--train --preset huge", "--train --preset=",
     "--train --preset smoke --depth 3", "--train --run notes/../red.png", "--train --run .",
-    "--train --run=", "--train --run red.png/x", "--train --model none", "--train --proxy depth",
-    "--train --proxies none,sky", "--train --ratio 0.05", "--train --device tpu", "--ask red.png",
-    "--ask no.png what?", "--ask notes what?", "--ask junk.png what?", "--ask red.png ?",
+    "--train --run=", "--train --run red.png/x", "--train --model none", "--train --ratio 0.05",
+    "--train --proxies none,sky", "--train --device tpu", "--ask red.png", "--ask no.png what?",
+    "--ask notes what?", "--ask junk.png what?", "--ask red.png ?",
     "--ask red.png what? --image-size 64", "--segment", "--segment=", "--generate=",
-    "--segment red.png --proxy none", "--segment red.png --proxy depth", "--train --run a\0b",
-    "--segment red.png --model sky", "--generate ring extra", "--generate ring --out .",
-    "--generate ring --run nowhere", "--generate ring --out runs/smoke/a.png",
-    "--generate ring --out runs/smoke/samples/prompts.png", "--generate ring --out a.txt",
+    "--train --run a\0b", "--segment red.png --model sky", "--generate ring extra",
+    "--generate ring --out .", "--generate ring --out runs/smoke/samples/prompts.png",
+    "--generate ring --run nowhere", "--generate ring --out a.txt",
     "--generate ring --out a\0.png", "--generate ring --guidance -1", "--generate ring --seed 1e3",
     "--generate ring --image-size 64"])
-def test_a_mistake_is_one_line_with_exit_code_two_and_changes_nothing(
-        line, copied, capsys, monkeypatch):
+def test_a_mistake_is_one_line_and_changes_nothing(line, copied, capsys, monkeypatch):
     """A traceback; a half-written file; a run with other settings than it says."""
     monkeypatch.setattr(sgt, "train_stage", None)
     before = contents(".")
@@ -751,7 +753,6 @@ def test_baselines_and_probes_see_no_answers():
     y, nothing = torch.randint(0, 3, (600,)), torch.randn(600, 200)
     linear = F.one_hot(y, 3) + 0.3 * torch.randn(600, 3)
     assert evaluation.probe(linear, y) > 95 and evaluation.probe(nothing, y) < 45
-    assert evaluation.probe(linear, y, -linear) < 30
 
 def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, capsys):
     """A mean over runs with other settings, or one run twice; a report that depends on chance."""
@@ -879,7 +880,6 @@ def test_nothing_that_a_person_types_or_edits_ends_in_a_traceback(copied, capsys
     for value in TYPED:
         for verb in (["--ask", value, "ring"], ["--ask", "red.png", value], ["--segment", value],
                      ["--generate", value], ["--generate", "ring", f"--run={value}"],
-                     ["--segment", "red.png", f"--proxy={value}"],
                      ["--generate", "ring", f"--model={value}"]):
             attempt(verb, sgt.main, *verb)
         attempt(value, evaluation.main, value)
