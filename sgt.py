@@ -1086,9 +1086,9 @@ class Run:
         text = (self.folder / "log.jsonl").read_text() if self.has("log.jsonl") else ""
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
-def rate_factor(step, steps):
-    """Learning-rate factor: a short warm-up, constant, then to zero over the last half."""
-    return min(1.0, (step + 1) / min(20, steps), 2 * (steps - step) / steps)
+def rate_factor(step, steps, constant):
+    """Learning-rate factor: a short warm-up, constant for a share of the steps, then to zero."""
+    return min(1.0, (step + 1) / min(20, steps), (steps - step) / (steps * (1 - constant)))
 
 def train_stage(run, cfg, stage, tokenizer, model=None):
     """The loop of every stage: a batch, a step, a line of the log, now and then a checkpoint."""
@@ -1119,7 +1119,9 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
         for step in bar:
             batch = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x,
                              make_batch(cfg, stage, step))
-            parts = update(batch, torch.tensor(rate_factor(step, steps), device=device))
+            # an arm goes down from the start, or it would unlearn some of what the base can do
+            rate = rate_factor(step, steps, 0.0 if stage in PROXIES else 0.5)
+            parts = update(batch, torch.tensor(rate, device=device))
             last = step + 1 == steps
             if step % 10 == 0 or last:
                 values = {name: round(part.item(), 5) for name, part in parts.items()}
