@@ -504,7 +504,7 @@ def command(argv):
     p.add_argument("run", nargs="*", help="folders of runs, or names under runs/; default: newest")
     p.add_argument("--again", action="store_true", help="measure again")
     p.add_argument("--export", metavar="DIR", type=Path, help="write scenes, masks as COCO data")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = p.parse_args(argv)
     device = sgt.choose_device(args.device)
     runs = [sgt.find_run(name) for name in args.run or [None]]

@@ -54,7 +54,7 @@ GRAPHS = setting("SGT_GRAPHS", ["0", "1"]) != "0"
 def compute_dtype(device):
     """bf16 where matrix products are faster in it: recent GPUs, CPUs with AVX-512-BF16 or AMX."""
     fast = (torch.cuda.get_device_capability(device)[0] >= 8 if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported())
+            else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if (fast if BF16 is None else BF16) else torch.float32
 
 def compiled(function, dynamic=True):
@@ -66,7 +66,7 @@ def compiled(function, dynamic=True):
         nonlocal chosen
         try:
             return chosen(*args)
-        except Exception as e:  # no compiler, a new platform: torch raises many kinds
+        except Exception as e:  # no compiler, for one: torch raises many kinds
             if chosen is function or isinstance(e, torch.OutOfMemoryError):
                 raise
             print(f"not compiled ({' '.join(repr(e).split()):.120}); running eagerly")
@@ -211,7 +211,7 @@ def backward_kernel(X1, X2, Y1, Y2, D1, D2, LSE, DELTA, BOUND, bound_stride, S, 
         store(D2, head, x, x_end, D, d2)
 
 def launch(kernel, tensors, bound, q, k, warps, **flags):
-    """Run a kernel on every tile of the rows or columns that have a bound, of every head."""
+    """Run a kernel on every tile of the bounded rows or columns of every head."""
     B, H, S, D = q.shape
     # Larger fp32 tiles spill registers, or do not fit at all.
     BX, BY = (32, 32) if q.dtype == torch.float32 else (128, 64)
@@ -286,7 +286,7 @@ def errors(name, sees, D, device, dtype):
 
 @torch.compiler.assume_constant_result  # torch.compile calls it without looking inside
 def triton_is_right(device, dtype, D, known={}):
-    """Is Triton right in a small case with empty rows? This GPU may be an untested one."""
+    """Is Triton right in a small case with empty rows? This GPU may be untested."""
     key = (device, dtype, D)
     if key not in known:
         try:
@@ -455,7 +455,7 @@ def medians(variants, turns=10):
     return {name: statistics.median(turn[name] for turn in times) for name in variants}
 
 def bench(device):
-    """Attention of one layer against what people would pick instead."""
+    """One layer's attention against what people would pick instead."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     gpu = device.type == "cuda"
