@@ -4,11 +4,8 @@
     python eval.py runs/seed0 runs/seed1        # several seeds: means, errors, each difference
     python eval.py runs/tiny --export DIR       # scenes as a COCO data set, drawn masks as results
 """
-from __future__ import annotations
-
 import base64
 import contextlib
-import dataclasses
 import functools
 import html
 import io
@@ -41,16 +38,13 @@ REASONING = ("compare", "arithmetic")  # the others are perception, which the pa
 
 def parts_of(label, colors, smallest):
     """Number the 8-connected parts of each color in index maps (B, P, P), 0 is background: a part
-    gets 1 + its last flat index, and 0 if it has fewer than `smallest` pixels.
-    """
+    gets 1 + its last flat index, and 0 if it has fewer than `smallest` pixels."""
     B, P, _ = label.shape
     mask = (label[:, None] == torch.arange(1, colors + 1)[:, None, None]).float()
     parts = torch.arange(1, P * P + 1.0).view(1, 1, P, P) * mask  # (B, colors, P, P)
-    while True:  # spread the numbers until nothing changes
-        spread = F.max_pool2d(parts, 3, 1, 1) * mask
-        if torch.equal(spread, parts):
-            break
-        parts = spread
+    before = mask
+    while not torch.equal(parts, before):  # spread the numbers until nothing changes
+        before, parts = parts, F.max_pool2d(parts, 3, 1, 1) * mask
     parts = parts.amax(1).long()  # (B, P, P)
     key = parts + torch.arange(B)[:, None, None] * (P * P + 1)  # another number in each picture
     return parts * (key.flatten().bincount()[key] >= smallest)
@@ -64,9 +58,7 @@ def widened(mask):
     return F.max_pool2d(mask[None].float(), 3, 1, 1)[0]
 
 def best_fit(color, cover, visible, x, y):
-    """The Thing around (x, y) whose rendering is most like `cover` (P, P) where visible, and their
-    soft IoU. Every shape is tried in both sizes at nine places.
-    """
+    """The Thing near (x, y), of any shape and size, most like `cover` (P, P) where visible."""
     P, pixel = len(cover), torch.arange(len(cover)) + 0.5
     tried = list(itertools.product(RADII, (-0.5, 0, 0.5), (-0.5, 0, 0.5)))
     radius = torch.tensor([RADII[size] * P for size, _, _ in tried])[:, None, None]  # (n, 1, 1)
@@ -83,14 +75,13 @@ def best_fit(color, cover, visible, x, y):
         seen = (model * visible).sum((1, 2)) > 0.5 * model.sum((1, 2))
         score, i = (overlap / union).where(seen, 0.0).max(0)
         if score > best[0]:
-            place = (float(x + dx[i]), float(middle[i]), float(radius[i]))
+            place = [float(value[i]) for value in (x + dx, middle, radius)]
             best = float(score), Thing(shape, color, tried[i][0], *place, 0)
     return best
 
 def judge(image):
     """The Things in pictures (B, 3, P, P) of plain scenes, by analysis through synthesis: a part of
-    one color is what fits it best, if the soft IoU exceeds 0.7; hidden pixels do not count.
-    """
+    one color is what fits it best, if the soft IoU exceeds 0.7; hidden pixels do not count."""
     image, found = image.float().cpu(), [[] for _ in image]
     grounds, colors = torch.tensor(sgt.BACKGROUNDS), torch.tensor(list(sgt.COLORS.values()))
     index = nearest(image, torch.cat([grounds, colors]))[1]  # (B, P, P)
@@ -162,19 +153,18 @@ def average_precision(truth, results):
     return 100 * float(measured.stats[0])
 
 def val_scenes(cfg, n, look):
-    scenes = sgt.sample(cfg, "val", range(n), "masks")
-    return [scene._replace(textured=look == "textured") for scene in scenes]
+    return [scene._replace(textured=look == "textured")
+            for scene in sgt.sample(cfg, "val", range(n), "masks")]
 
 def segmentation(cfg, model, tokenizer, folder=None):
     """PQ and AP of the masks that a model (None: the tokenizer, the ceiling) draws of held-out
-    scenes, by look; scenes and masks are written to a folder, if given, as COCO files.
-    """
+    scenes, by look; scenes and masks are written to a folder, if given, as COCO files."""
     found, device = {}, tokenizer.position.device
     for look in LOOKS:
         scenes = val_scenes(cfg, cfg.eval_masks, look)
         image, prompts, target = sgt.draw_proxy(cfg, "instance", scenes)
-        drawn = (sgt.generate(model, tokenizer, prompts, image.to(device), temperature=0) if model
-                 else tokenizer.decode(tokenizer.encode(target.to(device)))).cpu()
+        drawn = (sgt.generate(model, tokenizer, prompts, image.to(device)) if model else
+                 tokenizer.decode(tokenizer.encode(target.to(device)))).cpu()
         masks, true = masks_of(drawn), true_masks(sgt.render(cfg, scenes).instance)
         side = {"width": cfg.image_size, "height": cfg.image_size}
         data = {"images": [{"id": i + 1, "file_name": f"{i:06d}.png", **side}
@@ -206,13 +196,12 @@ class Item(NamedTuple):
 
 def collect(cfg, kinds, total, use, turn):
     """As many items of every kind, each about a scene of its own: their errors are independent.
-    `turn(kind, scene)` gives text and truth, or None.
-    """
+    `turn(cfg, kind, scene)` gives text and truth, or None."""
     items, need = [], Counter({kind: max(1, total // len(kinds)) for kind in kinds})
     for number in itertools.count():
         scene = sgt.sample(cfg, "val", [number], use)[0]
         for kind, missing in need.most_common():  # the kind that lags behind first
-            found = turn(kind, scene) if missing else None
+            found = turn(cfg, kind, scene) if missing else None
             if found:
                 items.append(Item(kind, scene, *found))
                 need[kind] -= 1
@@ -233,10 +222,8 @@ def right(model, items, textured):
 
 def by_kind(items, hits):
     """Percent of hits by kind, their average and, of questions, that of each level."""
-    found = defaultdict(list)
-    for item, hit in zip(items, hits):
-        found[item.kind].append(100 * float(hit))
-    score = {kind: statistics.fmean(each) for kind, each in found.items()}
+    kinds, hits = np.array([item.kind for item in items]), 100.0 * np.array(hits)
+    score = {kind: float(hits[kinds == kind].mean()) for kind in dict.fromkeys(kinds.tolist())}
     levels = {"average": score}
     if set(score) == set(QUESTIONS):
         levels |= {"perception": set(score) - set(REASONING), "reasoning": REASONING}
@@ -250,16 +237,13 @@ def question_only(cfg, items):
             text, truth = question(cfg, kind, scene) or (None, None)
             by_text[text][truth] += 1
             of_kind[kind][truth] += text is not None
-    guess = [(by_text.get(i.text) or of_kind[i.kind]).most_common(1)[0][0] for i in items]
-    return [answer == item.truth for answer, item in zip(guess, items)]
+    return [i.truth == (by_text.get(i.text) or of_kind[i.kind]).most_common(1)[0][0] for i in items]
 
 GENEVAL = ("single", "two", "counting", "colors", "position", "attribution")
 
-def prompts(cfg, total):
-    def turn(kind, scene):
-        text = sgt.captions(scene.things, scene.rng("prompt"), cfg.image_size).get(kind)
-        return text and (text,)
-    return collect(cfg, GENEVAL, total, "captions", turn)
+def prompt(cfg, kind, scene):
+    text = sgt.captions(scene.things, scene.rng("prompt"), cfg.image_size).get(kind)
+    return text and (text,)
 
 def satisfied(item, found):
     """GenEval's rules: all that is asked for is there; counts are exact; some pair lies right."""
@@ -287,9 +271,7 @@ def patch_states(model, scenes):
     return torch.stack([model.see(image), h.float()]).cpu()
 
 def probe(x, y):
-    """Percent right, on the second half of x (n, D), of ridge regression for the classes y (n,)
-    fitted to the first half.
-    """
+    """Percent right, on half of x (n, D), of ridge regression for y (n,) fitted to the others."""
     half = len(x) // 2
     x = (x - x[:half].mean(0)) / (x[:half].std(0) + 1e-6)
     x = F.pad(x, (0, 1), value=1.0).double()
@@ -300,8 +282,7 @@ def probe(x, y):
 
 def inside(cfg, model, n=600):
     """In %, behind the encoder and behind the last block: a linear probe for the shape in textured
-    patches, and the cosine of the centred features of a scene's two looks.
-    """
+    patches, and the cosine of the centred features of a scene's two looks."""
     looks = [val_scenes(cfg, n, look) for look in LOOKS]
     cover = F.one_hot(sgt.render(cfg, looks[1]).instance, MAX_OBJECTS + 1).float()
     cover = F.avg_pool2d(cover.permute(0, 3, 1, 2), cfg.see_patch).flatten(2)  # (B, 1 + M, U)
@@ -311,9 +292,12 @@ def inside(cfg, model, n=600):
     shape = shape.gather(1, index + 1)[seen]
     plain, textured = (patch_states(model, scenes) for scenes in looks)  # (2, B, U, D)
     centred = [x - x.mean((1, 2), keepdim=True) for x in (plain, textured)]
-    cosine = 100 * F.cosine_similarity(*centred, -1).mean((1, 2))
-    return {"probe for shape": [probe(x[seen], shape) for x in textured],
-            "cosine of the two looks": cosine.tolist()}
+    cosine = 100 * F.cosine_similarity(*centred, -1).mean((1, 2))  # (2,)
+    found = {}
+    for i, behind in enumerate(("encoder", "last block")):
+        found[f"cosine of looks, {behind}"] = float(cosine[i])
+        found[f"probe for shape, {behind}"] = probe(textured[i][seen], shape)
+    return found
 
 # ==== 5. Report
 
@@ -329,32 +313,26 @@ def table(head, rows):
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 def markdown(report):
-    """The tables of a report, and the sentence that the run was made for."""
-    models, n = report["models"], report["config"]["eval_questions"]
-    names = [LABELS[arm] for arm in models]
-    rows = lambda part, *beside: [[key, *(report[b][key] for b in beside), *(m[part][key] for m in
-                                  models.values())] for key in models["base"][part]]
-    out = []
-    for look in LOOKS:
-        out += [f"Understanding of {look} scenes: {n} questions, % right (standard error of the "
-                f"average at most {50 / math.sqrt(n):.1f})",
-                table(["question", "question only", *names], rows(look, "question only")), ""]
-    out += [f"Generation: {report['config']['eval_prompts']} prompts, % of pictures that show what "
-            "was asked (true: by true pictures; ceiling: these after the tokenizer's round trip)",
-            table(["prompt", "true", "ceiling", *names], rows("generation", "true", "ceiling")), ""]
-    masks = {arm: entry["masks"] for arm, entry in models.items() if "masks" in entry}
-    out += [f"Masks of {report['config']['eval_masks']} scenes of each look",
-            table(["", "ceiling", *map(LABELS.get, masks)],
-                  [[key, value, *(entry[key] for entry in masks.values())]
-                   for key, value in report["mask ceiling"].items()]), ""]
-    inner = [[f"{key}, {where}", *(entry["inside"][key][i] for entry in models.values())]
-             for key in models["base"]["inside"]
-             for i, where in enumerate(("encoder", "last block"))]
-    out += ["Inside, on textured scenes", table(["", *names], inner), ""]
+    """The tables of a report, and the sentences that the run was made for."""
+    models, n, out = report["models"], report["config"]["eval_questions"], []
+    asked = f"{n} questions, % right, the average to ± {50 / math.sqrt(n):.1f} (standard error)"
+    for part, beside, title in [
+        ("plain", ["question only"], f"Understanding of plain scenes: {asked}"),
+        ("textured", ["question only"], f"Understanding of textured scenes: {asked}"),
+        ("generation", ["true", "ceiling"], "Generation: % of pictures that show what was asked "
+         "(true: of true pictures; ceiling: of these after the tokenizer's round trip)"),
+        ("masks", ["mask ceiling"], "Masks: panoptic quality and average precision"),
+        ("inside", [], "Inside, on textured scenes"),
+    ]:
+        columns = {name: report[name] for name in beside}
+        columns |= {LABELS[arm]: entry[part] for arm, entry in models.items() if part in entry}
+        keys, *_ = columns.values()
+        rows = [[key, *(column[key] for column in columns.values())] for key in keys]
+        out += [title, table(["", *columns], rows), ""]
     for arm, entry in models.items():
         if "textured - SFT" in entry:
-            d, error = entry["textured - SFT"]
-            out.append(f"{LABELS[arm]} − SFT on textured scenes: {d:+.1f} ± {error:.1f}")
+            difference = "{:+.1f} ± {:.1f}".format(*entry["textured - SFT"])
+            out.append(f"{LABELS[arm]} − SFT on textured scenes: {difference}")
     return "\n".join(out)
 
 def read_report(run):
@@ -362,7 +340,7 @@ def read_report(run):
         report = json.loads((run.folder / "report.json").read_text("utf-8"))
         markdown(report)  # whatever is missing shows here
         return report
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except Exception as e:  # whatever may stand in a damaged file
         raise UserError(f"{run.folder} has no readable report.json ({sgt.one_line(e)}); "
                         f"make one with: python eval.py {run.folder} --again") from None
 
@@ -379,7 +357,7 @@ def picture_grid(rows, cell=96):
         pen.text((4, y + cell // 2 - 6), name, fill="black")
         for i, image in enumerate(images):
             x = 150 + i * (cell + 4)
-            sheet.paste(sgt.to_pil(image).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+            sheet.paste(sgt.to_pil(image).resize((cell, cell), Image.NEAREST), (x, y))
             if texts:
                 lines = textwrap.fill(texts[i], 17, max_lines=2, placeholder=" ...")
                 pen.text((x, y + cell), lines, fill="black", spacing=1, font_size=10)
@@ -390,13 +368,12 @@ def picture_grid(rows, cell=96):
 def evaluate(run, device):
     """Measure every model of a run; write samples/, report.md, .html and, last, report.json."""
     cfg, tokenizer, _, _ = sgt.load_run(run, "base", device)
-    turn = functools.partial(question, cfg)
-    items = collect(cfg, QUESTIONS, cfg.eval_questions, "questions", turn)
-    drawn_of = prompts(cfg, cfg.eval_prompts)
+    items = collect(cfg, QUESTIONS, cfg.eval_questions, "questions", question)
+    drawn_of = collect(cfg, GENEVAL, cfg.eval_prompts, "captions", prompt)
     texts = [item.text for item in drawn_of]
     true = sgt.render(cfg, [item.scene for item in drawn_of]).image
     round_trip = tokenizer.decode(tokenizer.encode(true.to(device)))
-    report = {"config": dataclasses.asdict(cfg), "device": str(device), "torch": torch.__version__,
+    report = {"config": vars(cfg), "device": str(device), "torch": torch.__version__,
               "question only": by_kind(items, question_only(cfg, items)),
               "true": pictures_score(drawn_of, true),
               "ceiling": pictures_score(drawn_of, round_trip),
@@ -410,8 +387,8 @@ def evaluate(run, device):
     for arm in tqdm(["base", *cfg.arms], "measuring"):
         model = sgt.load_run(run, arm, device)[2]
         hits = [right(model, items, look == "textured") for look in LOOKS]
-        drawn = torch.cat([sgt.generate(model, tokenizer, texts[i:i + 100], seed=i,
-                                        guidance=cfg.guidance) for i in range(0, len(texts), 100)])
+        drawn = torch.cat([sgt.generate(model, tokenizer, texts[i:i + 100], seed=i)
+                           for i in range(0, len(texts), 100)])
         entry = report["models"][arm] = {
             **{look: by_kind(items, each) for look, each in zip(LOOKS, hits)},
             "generation": pictures_score(drawn_of, drawn), "inside": inside(cfg, model)}
@@ -424,7 +401,7 @@ def evaluate(run, device):
             entry["masks"] = segmentation(cfg, model, tokenizer)
         proxy = arm if PROXIES.get(arm, PROXIES["none"]).target else "instance"
         source, ordered, _ = sgt.draw_proxy(cfg, proxy, both)
-        picture = sgt.generate(model, tokenizer, ordered, source.to(device), temperature=0)
+        picture = sgt.generate(model, tokenizer, ordered, source.to(device))
         said = sgt.answer(model, seen.to(device), wonder)
         masks.append((f"{LABELS[arm]}: draws, says", picture, said))
         few = [i * len(texts) // 8 for i in range(8)]
@@ -435,9 +412,7 @@ def evaluate(run, device):
     run.write("report.html", page(run, report))
     run.write("report.json", json.dumps(report, indent=1))  # last: one cut off is made again
 
-STYLE = """body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto}img{max-width:100%}
-td{padding:.1rem .6rem;text-align:right}td:first-child{text-align:left}
-svg{width:24rem;font:11px sans-serif}"""
+STYLE = "body{font:15px sans-serif;margin:2rem}img{max-width:100%}svg{width:24rem;font-size:11px}"
 
 def curve(title, lines):
     """The losses of a stage as an SVG line chart from 0."""
@@ -456,14 +431,8 @@ def page(run, report):
     """report.html: tables, pictures and curves in one file, nothing from elsewhere."""
     title = html.escape(f"{run.folder.name}, seed {report['config']['seed']}")
     out = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-           f"<h1>{title}, torch {report['torch']}, {report['device']}</h1>"]
-    lines = html.escape(markdown(report)).splitlines()
-    for is_table, part in itertools.groupby(lines, lambda line: line.startswith("|")):
-        if is_table:
-            rows = [line.strip("|").replace("|", "<td>") for line in part if line[1] != "-"]
-            out.append("<table><tr><td>" + "<tr><td>".join(rows) + "</table>")
-        else:
-            out += [f"<p>{line}</p>" for line in part if line]
+           f"<h1>{title}, torch {report['torch']}, {report['device']}</h1>"
+           f"<pre>{html.escape(markdown(report))}</pre>"]
     for name in ("comparison", "prompts"):
         data = base64.b64encode((run.folder / f"samples/{name}.png").read_bytes()).decode()
         out.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}">')
@@ -475,24 +444,23 @@ def page(run, report):
 
 def study(reports):
     """Arms over seeds: means ± standard errors over seeds, and each seed's difference to SFT."""
-    free = {"seed", "proxies", *sgt.FREE}
-    fixed = [{k: v for k, v in r["config"].items() if k not in free} for r in reports]
-    seeds = [r["config"]["seed"] for r in reports]
-    if any(f != fixed[0] for f in fixed) or len(set(seeds)) < len(seeds):
+    same = set(sgt.NAMES) - {"seed", "proxies", *sgt.FREE}
+    seeds, *others = zip(*([r["config"][name] for name in ("seed", *same)] for r in reports))
+    if any(len(set(values)) > 1 for values in others) or len(set(seeds)) < len(seeds):
         raise UserError("these runs differ in more than the seed, or share one; name others")
     columns = {"perception": ("textured", "perception"), "reasoning": ("textured", "reasoning"),
                "textured": ("textured", "average"), "plain": ("plain", "average"),
                "position": ("generation", "position"), "generation": ("generation", "average"),
-               "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of the two looks")}
+               "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of looks, encoder")}
     rows = []
     for arm in ["base", *PROXIES]:
         models = [r["models"][arm] for r in reports if arm in r["models"]]
         if len(models) == len(reports):
             row = [LABELS[arm], PROXIES[arm].level if arm in PROXIES else ""]
             for part, key in columns.values():
-                values = [float(np.ravel(model[part][key])[0]) for model in models if part in model]
-                error = np.std(values, ddof=1) / math.sqrt(len(values)) if values else 0.0
-                row.append(f"{np.mean(values):.1f} ± {error:.1f}" if values else "")
+                values = [model[part][key] for model in models if part in model]
+                error = statistics.stdev(values) / math.sqrt(len(values)) if values else 0
+                row.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
             each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
             rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
     head = ["arm", "level", *columns, "textured − SFT by seed"]
@@ -509,8 +477,8 @@ def command(argv):
     device = sgt.choose_device(args.device)
     runs = [sgt.find_run(name) for name in args.run or [None]]
     for run in runs:
-        stages = ["tokenizer", "base", *run.config().arms]
-        missing = [stage for stage in stages if not run.has(f"{stage}.safetensors")]
+        missing = [stage for stage in ("tokenizer", "base", *run.config().arms)
+                   if not run.has(f"{stage}.safetensors")]
         if missing:
             raise UserError(f"{run.folder} lacks {', '.join(missing)}; go on with its --train")
     if args.export:

@@ -46,7 +46,6 @@ def setting(name, choices):
         refuse(f"{name} is unknown; got {value!r}; choose {', '.join(choices)}")
     return value
 
-# Benchmarks swap these three while they run.
 CHOSEN = setting("SGT_KERNELS", ["reference", "bmm", "sdpa", "triton"])
 BF16 = {"0": False, "1": True, "": None}[setting("SGT_BF16", ["0", "1"])]
 GRAPHS = setting("SGT_GRAPHS", ["0", "1"]) != "0"
@@ -77,8 +76,7 @@ def compiled(function, dynamic=True):
 # ==== 2. Mask
 def staircase(U, T, N):
     """`sees` (U + T + N,) of U patches to look at, which see all patches, T words, which see what
-    came before them, and N codes to draw, which see everything.
-    """
+    came before them, and N codes to draw, which see everything."""
     return torch.tensor([U] * U + list(range(U + 1, U + T + 1)) + [U + T + N] * N)
 
 def may_attend(sees, columns):
@@ -93,23 +91,19 @@ def draw(sees):
 
 # ==== 3. Attention on any device
 def attention_reference(q, k, v, sees):
-    """The definition: softmax(q kᵀ / √D) over the columns that a row sees, times v.
-
-    q (B, H, S, D); k, v (B, H, L, D); any dtype. Returns the output (B, H, S, D) and the weights
-    (B, H, S, L). A row that sees nothing gets zeros, not NaN.
-    """
+    """The definition: softmax(q kᵀ / √D) over the columns that a row sees, times v. Of any dtype,
+    q (B, H, S, D); k, v (B, H, L, D) -> output (B, H, S, D), weights (B, H, S, L). A row that sees
+    nothing gets zeros, not NaN."""
     may = may_attend(sees, k.shape[2])
     # Scores rounded to bf16 keep a model from learning look-ups: they are fp32 at least.
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(exact) @ k.to(exact).mT * q.shape[-1] ** -0.5  # (B, H, S, L)
-    weights = torch.softmax(scores.masked_fill(~may, -1e9), -1) * may
-    weights = weights.to(q.dtype)
+    weights = (torch.softmax(scores.masked_fill(~may, -1e9), -1) * may).to(q.dtype)
     return weights @ v, weights
 
 class BmmAttention(torch.autograd.Function):
     """For CPUs: the weights are kept for the backward pass. PyTorch's kernel computes them again to
-    save memory, which for a few hundred columns takes several times as long.
-    """
+    save memory, which for a few hundred columns takes several times as long."""
     @staticmethod
     def forward(ctx, q, k, v, sees):
         out, weights = attention_reference(q, k, v, sees)
@@ -184,8 +178,7 @@ def backward_kernel(X1, X2, Y1, Y2, D1, D2, LSE, DELTA, BOUND, bound_stride, S, 
                     D: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, ROWS: tl.constexpr):
     """With ROWS, X is q and the gradient of the output, Y is k and v, and D1 the gradient of q;
     without, X is k and v, Y the other two, and D1, D2 are the gradients of k and v. Both compute p:
-    one kernel would have to add up the gradient of q by atomics, in no fixed order.
-    """
+    one kernel would have to add up the gradient of q by atomics, in no fixed order."""
     head = tl.program_id(0).to(tl.int64)
     x = tl.program_id(1) * BX + tl.arange(0, BX)
     x_end, y_end = (S, L) if ROWS else (L, S)
@@ -249,22 +242,18 @@ triton_forward.register_autograd(
     lambda ctx, grads: (*triton_backward(*ctx.saved_tensors, grads[0].contiguous()), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
 
-def attention_triton(q, k, v, sees):
-    """Heads of 16, 32, 64 or 128, and `sees` that never falls. Skips tiles that nobody sees."""
-    return triton_forward(*(x.contiguous() for x in (q, k, v, sees)))[0]
-
 # ==== 5. Choice of a backend
 BACKENDS = {"reference": lambda *args: attention_reference(*args)[0],
             "bmm": BmmAttention.apply, "sdpa": attention_sdpa}
 if triton and (torch.cuda.is_available() or INTERPRETED):
-    BACKENDS["triton"] = attention_triton
+    # heads of 16, 32, 64 or 128, and `sees` that never falls
+    BACKENDS["triton"] = lambda *args: triton_forward(*(x.contiguous() for x in args))[0]
 if CHOSEN and CHOSEN not in BACKENDS:
     refuse(f"no Triton or no GPU here; got SGT_KERNELS={CHOSEN}; choose {', '.join(BACKENDS)}")
 
 def errors(name, sees, D, device, dtype):
     """‖x - exact‖ / ‖exact‖ of output, dq, dk, dv, (4,), where exact is the definition in float64;
-    infinite if a row changes by a bit with a column that it does not see.
-    """
+    infinite if a row changes by a bit with a column that it does not see."""
     sees, L = sees.to(device), sees.shape[-1]
     generator = torch.Generator().manual_seed(L)
     q, k, v, grad = torch.randn(4, 2, 2, L, D, generator=generator).to(device, dtype)
@@ -287,25 +276,23 @@ def errors(name, sees, D, device, dtype):
 @torch.compiler.assume_constant_result  # torch.compile calls it without looking inside
 def triton_is_right(device, dtype, D, known={}):
     """Is Triton right in a small case with empty rows? This GPU may be untested."""
-    key = (device, dtype, D)
+    key, sees = (device, dtype, D), F.pad(staircase(60, 40, 47), (3, 0))
     if key not in known:
         try:
             with torch.enable_grad():
-                sees = F.pad(staircase(60, 40, 47), (3, 0))
                 worst = errors("triton", sees, D, device, dtype).max()
-            known[key] = bool(worst <= 0.01)
-            why = f"relative error {worst:.1e}"
+            why = "" if worst <= 0.01 else f"relative error {worst:.1e}"
         except Exception as e:  # where it does not compile, Triton raises many kinds
             torch.use_deterministic_algorithms(False)
-            known[key], why = False, " ".join(repr(e).split())
-        if not known[key]:
+            why = " ".join(repr(e).split())
+        if why:
             print(f"Triton is off on this GPU ({why:.120}); attention is PyTorch's")
+        known[key] = not why
     return known[key]
 
 def attention(q, k, v, sees, backend=""):
     """Row i attends to the columns [0, sees[i]): q (B, H, S, D); k, v (B, H, L, D) -> (B, H, S, D).
-    `sees` is (S,) or (B, S), int32 or int64; `backend` a name in BACKENDS, else the fastest.
-    """
+    `sees` is (S,) or (B, S), int32 or int64; `backend` a name in BACKENDS, else the fastest."""
     fastest = "bmm" if q.device.type == "cpu" else "sdpa"
     # Few rows, as in decoding, leave a tile empty; exact fp32 products use no tensor cores; heads
     # of 128 do not fit every GPU. The loop makes D the constant that torch.compile asks for.
@@ -323,8 +310,7 @@ class KVCache(NamedTuple):
 
     def put(self, k, v, at):
         """Write k, v (B, H, S, D) at columns [at, at + S); return everything up to at + S. If `at`
-        is (B,) and S is 1, each sample has its own column, and the whole buffers are returned.
-        """
+        is (B,) and S is 1, each sample has its own column, and the whole buffers are returned."""
         if isinstance(at, Tensor):
             where = at[:, None, None, None].expand_as(k)
             return self.k.scatter_(2, where, k), self.v.scatter_(2, where, v)
@@ -339,8 +325,7 @@ class GraphedStep:
     a plain call, and so are the first three of given shapes, as compiling cannot be recorded.
 
     What varies must be in tensors that are passed, the learning rate too; nothing inside may ask
-    the GPU for a value; weights must stay in place. Each call overwrites the last one's results.
-    """
+    the GPU for a value; weights must stay in place. Each call overwrites the last one's results."""
     def __init__(self, function):
         self.function, self.calls, self.graphs = function, {}, {}
 
@@ -349,8 +334,7 @@ class GraphedStep:
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         if not (GRAPHS and tensors[0].is_cuda):
             return self.function(*inputs)
-        shapes = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
-        key = (CHOSEN, BF16, spec, *shapes)
+        key = spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
             side = torch.cuda.Stream()  # PyTorch asks for one before recording
@@ -392,14 +376,13 @@ def orthogonalize(x, steps=5):
 
 class Optimizer(torch.optim.Optimizer):
     """Muon for the matrices, parameters (..., out, in) with the attribute `is_matrix`, which
-    copy.deepcopy loses; AdamW for all else.
-    """
+    copy.deepcopy loses; AdamW for all else."""
     def __init__(self, module, lr, adam_lr):
         matrices = [p for p in module.parameters() if hasattr(p, "is_matrix")]
         rest = [p for p in module.parameters() if not hasattr(p, "is_matrix")]
-        groups = [{"params": matrices, "lr": lr}, {"params": rest, "lr": adam_lr}]
-        # capturable: load_state_dict brings the step counts to the device of the parameters.
-        super().__init__(groups, {"capturable": True})
+        # capturable: load_state_dict brings the step counts to the device of the parameters
+        super().__init__([{"params": matrices, "lr": lr}, {"params": rest, "lr": adam_lr}],
+                         {"capturable": True})
         for p in matrices:
             self.state[p] = {"momentum": torch.zeros_like(p)}
         for p in rest:
@@ -434,28 +417,19 @@ def check(device):
              (F.pad(staircase(60, 30, 130), (4, 0)), 32),  # four rows see nothing
              (torch.stack([staircase(90, 20, 10), staircase(9, 101, 10)]), 32)]
     print(f"{'relative errors':26}{'output':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
-    limits, failed = ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)), False
+    limits, bad = ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)), []
     for name, (dtype, limit) in itertools.product(BACKENDS, limits):
         if name == "triton" and INTERPRETED and dtype == torch.bfloat16:
             continue  # the interpreter multiplies bf16 wrongly
         worst = torch.stack([errors(name, *case, device, dtype) for case in cases]).amax(0)
-        bad = not worst.max() <= limit  # NaN is bad
-        failed |= bad
-        numbers = "".join(f"{x:10.1e}" for x in worst.tolist())
-        print(f"{name:10}{str(dtype):16}{numbers}{'  BAD' * bad}")
-    print("something is wrong" if failed else "all agree; no row sees what it may not")
-    return int(failed)
+        if not worst.max() <= limit:  # NaN is bad
+            bad.append(name)
+        print(f"{name:10}{str(dtype):16}" + "".join(f"{x:10.1e}" for x in worst.tolist()))
+    print(f"BAD: {bad}" if bad else "all agree; no row sees what it may not")
+    return int(bool(bad))
 
-def medians(variants, turns=10):
-    """Seconds a call of each function. They take turns, so that a busy machine slows all alike."""
-    timers = {name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-              for name, run in variants.items()}
-    times = [{name: timer.blocked_autorange().median for name, timer in timers.items()}
-             for _ in range(turns)]
-    return {name: statistics.median(turn[name] for turn in times) for name in variants}
-
-def bench(device):
-    """One layer's attention against what people would pick instead."""
+def bench(device, turns=10):
+    """One layer's attention against what people would pick instead: medians, ratios first."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     gpu = device.type == "cuda"
@@ -471,26 +445,27 @@ def bench(device):
         attend["Flex"] = functools.partial(torch.compile(flex_attention), block_mask=mask)
         backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
         attend["cuDNN"] = sdpa_kernel(backends, set_priority=True)(sdpa)
-    passes = {"forward": lambda f: f(*inputs),
-              "forward + backward": lambda f: torch.autograd.grad(f(*inputs), inputs, grad)}
     print(f"{device.type}, {grad.dtype}, B {B}, H {H}, S {S}, D {D}")
-    for title, run in passes.items():
-        times = medians({name: functools.partial(run, f) for name, f in attend.items()})
-        for name, t in times.items():
-            print(f"{title:20}{name:6}{t / times['ours']:6.2f} x{1000 * t:10.3f} ms")
+    for title, run in {"forward": "f(*inputs)", "forward + backward":
+                       "torch.autograd.grad(f(*inputs), inputs, grad)"}.items():
+        scope = {"torch": torch, "inputs": inputs, "grad": grad}
+        timers = {name: Timer(run, globals={**scope, "f": f}, num_threads=torch.get_num_threads())
+                  for name, f in attend.items()}
+        # they take turns, so that a busy machine slows all alike
+        times = [[timer.blocked_autorange().median for timer in timers.values()]
+                 for _ in range(turns)]
+        ours, *_ = middle = [statistics.median(each) for each in zip(*times)]
+        for name, t in zip(timers, middle):
+            print(f"{title:20}{name:6}{t / ours:6.2f} x{1000 * t:10.3f} ms")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="compare every backend with float64")
-    parser.add_argument("--bench", action="store_true", help="measure attention against PyTorch's")
+    verb = parser.add_mutually_exclusive_group(required=True)
+    verb.add_argument("--check", action="store_true", help="compare every backend with float64")
+    verb.add_argument("--bench", action="store_true", help="measure attention against PyTorch's")
     parser.error = lambda message: refuse(f"{message}; see python kernels.py --help")
-    args = parser.parse_args()
-    if not args.check and not args.bench:
-        parser.error("nothing to do; give --check or --bench")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.bench:
-        bench(device)
-    return check(device) if args.check else 0
+    return (check if parser.parse_args().check else bench)(device)
 
 if __name__ == "__main__":
     sys.exit(main())

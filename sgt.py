@@ -1,28 +1,24 @@
 """Semantic Generative Tuning in one file: a unified multimodal model, from nothing to an answer.
 
-    python sgt.py --train                                        # the experiment, on two cores
-    python sgt.py --ask picture.png "what color is the circle?"  # then use the newest run
+    python sgt.py --train
+    python sgt.py --ask picture.png "what color is the circle?"
     python sgt.py --segment picture.png
     python sgt.py --generate "two red circles"
 
 A unified model answers questions about pictures and draws pictures of texts. Semantic Generative
 Tuning (SGT, arXiv 2605.18714) trains it on to draw the *segmentation* of a picture it looks at.
-That picture enters through the vision encoder alone, which answers questions too, so the dense
-loss of the drawing teaches it to see. Arms that draw something else, or nothing (SFT), show
-whether it does.
+That picture enters through the vision encoder alone, as for questions: the dense loss of the
+drawing teaches it to see. Arms that draw something else, or nothing (SFT), show whether it does.
 
   image --> stem --> vision encoder --> features --+                     +--> image head --> codes
   text --> words ----------------------------------+--> one transformer --+
   target --> tokenizer --> codes, some masked -----+                     +--> text head --> words
 
-By default a picture of 32 x 32 pixels becomes 16 features, "segment instances with different
-colors." 6 words, and the masks, painted as a picture, 64 codes, some of them hidden: 86 tokens.
+The method stands between "┌─ SGT" and "└─"; all else serves it.
 
-The method stands between "┌─ SGT" and "└─"; all else serves it. To add a proxy, add a row to
-PROXIES; a kind of question, an entry to QUESTIONS; other data, fill Scenes with Things.
-
-Shapes: B batch, S sequence, T text, U patches looked at, N codes of a picture (G x G), D width,
-H heads, K codebook size, C channels of a code, M objects, P pixels a side.
+Shapes: B batch, P pixels a side of a picture (32 by default), U patches looked at (16), T words,
+N = G x G codes of a picture (64), S sequence, D width, H heads, K codebook size, C channels of a
+code, M objects.
 """
 from __future__ import annotations
 
@@ -84,13 +80,13 @@ class Config:
     arm_steps: int = 500  # steps of every arm
     arm_batch: int = 16  # dialogues, and captioned pictures, a step (the replay)
     ratio: float = 2.0  # pictures drawn of a proxy per dialogue (the paper: 2)
-    arm_scenes: int = 0  # how many pictures have masks; 0: always new ones
+    arm_scenes: int = 0  # how many pictures have masks; 0: new ones
     proxies: str = "none,reconstruction,instance"  # arms, or "all"; none is SFT, instance SGT
     proxy_weight: float = 1.0  # weight of the proxy's loss (the paper: 1)
     # sampling and evaluation
     sample_steps: int = 24  # refinement steps of a picture
     guidance: float = 2.0  # guidance scale; 1: none
-    temperature: float = 6.0  # randomness of the order of fixing codes; 0: greedy
+    temperature: float = 6.0  # of the order of fixing codes; 0: greedy
     eval_questions: int = 3000  # questions about each look, evenly over the kinds
     eval_prompts: int = 240  # pictures drawn, evenly over the kinds
     eval_masks: int = 100  # pictures of each look that are segmented
@@ -112,7 +108,7 @@ class Config:
 
     def validate(self):
         """Refuse, in one line, what would otherwise fail late or obscurely."""
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in vars(self).items():
             lowest, kind = 0 if name in MAY_BE_ZERO else 1e-9, type(getattr(Config, name))
             if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 32:
                 raise UserError(f"{name}={value} is out of range or no {kind.__name__}; give one")
@@ -125,14 +121,14 @@ class Config:
              "width head_dim tok_width", "these must be divisible by head_dim, by 8 and by 32"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), "proxies",
              f"name each once, of {', '.join(PROXIES)}, or all"),
-            (self.draws != 1 and self.arm_scenes != 1 and self.tok_batch > 1,
+            (1 not in (self.draws, self.arm_scenes, self.tok_batch),
              "ratio arm_scenes tok_batch", "one picture has no other to be mixed up with; give 2")
         ]:
             if not ok:
                 got = ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
                 raise UserError(f"{got}; {how}")
 
-NAMES = [field.name for field in dataclasses.fields(Config)]
+NAMES = list(Config.__annotations__)
 ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_every"):]
 MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "arm_scenes", "proxy_weight",
                "guidance", "temperature", "compile", "threads")
@@ -142,7 +138,7 @@ PRESETS = {
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
                   compile=False),
-    "tiny": dict(),  # the default on a CPU; the next one on a GPU
+    "tiny": {},  # the default on a CPU; the next one on a GPU
     "base": dict(image_size=64, fsq_levels="8,8,8,5,5", tok_width=256, tok_depth=4,
                  tok_steps=8000, tok_batch=256, width=512, encoder_depth=6, depth=8, head_dim=64,
                  base_steps=20000, arm_steps=4000, vqa_batch=96, t2i_batch=128, arm_batch=48,
@@ -151,7 +147,7 @@ PRESETS = {
 
 # ==== 2. Scenes: the data, rendered
 
-# Signed distance to the outline of a shape of radius 1, negative inside; y points down.
+# Signed distance to the outline of a shape of radius 1, < 0 inside; y points down.
 SHAPES = {
     "circle": lambda x, y: torch.hypot(x, y) - 0.95,
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.82,
@@ -165,7 +161,7 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90)}
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = {"small": 0.11, "big": 0.172}  # as a share of the picture's side
-MAX_OBJECTS, LATTICE = 4, 8  # M; object centres lie on multiples of so many pixels
+MAX_OBJECTS, LATTICE = 4, 8  # M; centres lie on multiples of so many pixels
 
 class Thing(NamedTuple):
     """One object, in words and in pixels."""
@@ -182,7 +178,7 @@ class Scene(NamedTuple):
     key: str  # "seed/split/use/number"
     things: list[Thing]  # back to front
     background: int = 0  # index into BACKGROUNDS
-    textured: bool = False  # which of the two looks of this world
+    textured: bool = False  # which look of this world
 
     def rng(self, purpose):
         """A random stream for each purpose: the order of calls does not matter."""
@@ -193,13 +189,11 @@ class Scene(NamedTuple):
 
 def sample_scene(cfg, key, overlapping):
     """Objects that stay apart, but for one pair in a share `overlapping` of the scenes.
-    The camera looks down on a table: objects lower in the picture are nearer.
-    """
+    The camera looks down on a table: objects lower in the picture are nearer."""
     rng, P, placed = random.Random(key), cfg.image_size, []
     count = 1 + int(rng.random() ** 0.7 * MAX_OBJECTS)
-    shapes, colors, sizes = (rng.choices(list(names), k=count)
-                             for names in (SHAPES, COLORS, RADII))
-    # so that there is something to count 35 % of the scenes repeat one shape, 30 % one color
+    shapes, colors, sizes = (rng.choices(list(names), k=count) for names in (SHAPES, COLORS, RADII))
+    # something to count: 35 % of the scenes repeat one shape, 30 % one color
     repeats = rng.random()
     if repeats < 0.35:
         shapes = shapes[:1] * count
@@ -213,7 +207,7 @@ def sample_scene(cfg, key, overlapping):
         radius = RADII[sizes[i]] * P
         low = math.ceil((radius + 0.5) / LATTICE) * LATTICE
         slots = (P - 2 * low) // LATTICE + 1
-        for _ in range(12):  # tries; then the scene does without this object
+        for _ in range(12):  # tries
             x, y = (low + rng.randrange(slots) * LATTICE for _ in "xy")
             others = placed
             if overlaps and i == 1:  # a diagonal neighbour of the first
@@ -228,8 +222,8 @@ def sample_scene(cfg, key, overlapping):
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
     return Scene(key, things, rng.randrange(len(BACKGROUNDS)))
 
-# Questions and captions are about the plain look. The pictures that proxies are drawn of, "masks",
-# have both looks. The tokenizer is trained on "pictures" and masks.
+# Questions and captions are about the plain look. What proxies are drawn of, "masks", has both.
+# The tokenizer is trained on "pictures" and masks.
 TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
 
 def sample(cfg, split, numbers, use):
@@ -239,9 +233,7 @@ def sample(cfg, split, numbers, use):
     return [s._replace(textured=s.rng("look").random() < TEXTURED[use]) for s in scenes]
 
 def waves(cfg, scene, strength=0.28, noise=0.06):
-    """The texture of the background and of every object (1 + M, 3, P, P): three waves of random
-    direction, length and color each, and noise.
-    """
+    """Textures (1 + M, 3, P, P) of background and objects: each three random waves, and noise."""
     rng, shape = np.random.default_rng(list(scene.key.encode())), (1 + MAX_OBJECTS, 3)
     angle, phase = rng.uniform(0, 2 * np.pi, (2, *shape))
     frequency = 2 * np.pi / rng.uniform(2.5, 10.5, shape)  # in radians a pixel
@@ -260,8 +252,7 @@ Rendered = namedtuple("Rendered", "image instance")
 
 def render(cfg, scenes, shift=0.0):
     """Paint scenes back to front: image (B, 3, P, P) in [0, 1], and instance (B, P, P), the index
-    of the Thing in front, 0 for background. `shift` moves near objects so many pixels left.
-    """
+    of the Thing in front, 0 for background. `shift` moves near objects so many pixels left."""
     B, P, kinds = len(scenes), cfg.image_size, list(SHAPES)
     shape, numbers = torch.full((B, MAX_OBJECTS), -1), torch.zeros(B, MAX_OBJECTS, 6)
     for b, scene in enumerate(scenes):
@@ -329,9 +320,8 @@ def noun(o):
 
 def named(things):
     """Things that words can tell apart, with their shortest names: 'ring', or 'red ring'."""
-    shapes, nouns = Counter(o.shape for o in things), Counter(map(noun, things))
-    return [(o, o.shape if shapes[o.shape] == 1 else noun(o))
-            for o in things if nouns[noun(o)] == 1]
+    shape, nouns = Counter(o.shape for o in things), Counter(map(noun, things))
+    return [(o, o.shape if shape[o.shape] == 1 else noun(o)) for o in things if nouns[noun(o)] == 1]
 
 def where(o, P):
     row = ("top", "middle", "bottom")[min(2, int(o.y * 3 / P))]
@@ -354,9 +344,8 @@ def reading_order(things, P):
     return sorted(things, key=lambda o: (int(4 * o.y / P), o.x))
 
 def captions(things, rng, P):
-    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and one of our own.
-    In reading order: else a code cannot know which thing it belongs to, and draws two of one.
-    """
+    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and "places". In reading
+    order: else a code cannot know which thing it belongs to, and draws two of one."""
     things = reading_order(things, P)
     n, shapes = len(things), {o.shape for o in things}
     found = {"places": ", ".join(f"{noun(o)} {where(o, P)}" for o in things)}
@@ -410,7 +399,7 @@ def pairs(things):
 
 def existence(things, rng, P):
     present = {noun(o) for o in things}
-    # hard negatives: a color and a shape that are both there, but not together; else one of them
+    # hard negatives: a color and a shape that are there, but not together; else one of them
     absent = {noun(o._replace(shape=p.shape)) for o in things for p in things} - present
     if not absent or rng.random() < 0.3:
         o = rng.choice(things)
@@ -462,18 +451,20 @@ def ask(kind, things, rng, P):
 
 def dialogue(cfg, scene):
     """Questions with their answers, in random order, then a description: ids, and what to predict
-    there, the same ids in answers and -100 in questions.
-    """
-    rng, ids, answers, P = scene.rng("dialogue"), [], [], cfg.image_size
+    there, the same ids in answers and -100 in questions."""
+    rng, P, turns, ids, answers = scene.rng("dialogue"), cfg.image_size, [], [], []
+    length = lambda turn: len(encode("".join(turn))) + 1
     last = "list the objects.", describe(scene.things, rng, P)
-    room = TEXT_LEN - len(encode("".join(last))) - 1
-    turns = [ask(kind, scene.things, rng, P)
-             for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS))]
-    for turn in [*filter(None, turns), last]:
-        q, a = encode(turn[0]), encode(turn[1]) + [END]
-        if turn is last or len(ids) + len(q) + len(a) <= room:
-            ids += q + a
-            answers += [-100] * len(q) + a
+    free = TEXT_LEN - length(last)
+    for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)):
+        turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # 6: the shortest turn
+        if turn and length(turn) <= free:
+            turns.append(turn)
+            free -= length(turn)
+    for question, answer in [*turns, last]:
+        q, a = encode(question), encode(answer) + [END]
+        ids += q + a
+        answers += [-100] * len(q) + a
     return ids, answers
 
 # ==== 4. Proxies: what the model may be asked to draw of a picture that it looks at
@@ -543,13 +534,11 @@ def depth(cfg, scenes, r):
 
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
-    ids = torch.zeros_like(r.instance)
-    for index in range(1, 1 + MAX_OBJECTS):
-        mask = r.instance == index  # (B, P, P)
-        box = (mask.any(1, keepdim=True) & mask.any(2, keepdim=True)).float()
-        inside = -F.max_pool2d(-box, 3, 1, 1)  # the box without its outline
-        ids = torch.where(box > inside, index, ids)
-    return instance(cfg, scenes, r._replace(instance=ids))
+    index = torch.arange(1, 1 + MAX_OBJECTS)[:, None, None]
+    mask = r.instance[:, None] == index  # (B, M, P, P)
+    box = (mask.any(2, keepdim=True) & mask.any(3, keepdim=True)).float()
+    inside = -F.max_pool2d(-box, 3, 1, 1)  # the box without its outline
+    return instance(cfg, scenes, r._replace(instance=((box > inside) * index).amax(1)))
 
 def novel_view(cfg, scenes, r):
     """From a camera that moved; textures are painted on the picture, and stay."""
@@ -562,7 +551,7 @@ def edges(cfg, scenes, r):
 def original(cfg, scenes, r):
     return r.image
 
-# What restoration proxies do to the picture that is looked at: (image, generator) -> image.
+# What restoration proxies do to what is looked at: (image, generator) -> image.
 
 def rain(x, g):
     drops = (torch.rand(len(x), 1, *x.shape[2:], generator=g) < 0.02).float()
@@ -590,7 +579,7 @@ PROXIES = {
     "boxes": Proxy("high", "draw boxes around all objects.", boxes),
     "depth": Proxy("mid", "estimate the depth map now.", depth),
     "novel_view": Proxy("mid", "shift the camera right now.", novel_view),
-    # DIFFERS: to restore needs something broken, so a `source` changes what is looked at, too
+    # DIFFERS: to restore needs something broken: a `source` changes what is looked at, too
     "inpainting": Proxy("mid", "fill in the missing part.", original, hole),
     "edges": Proxy("low", "detect the edges of everything.", edges),
     "reconstruction": Proxy("low", "copy the picture as is.", original),
@@ -630,12 +619,11 @@ def matrix(*shape, gain=1.0):
     return weight
 
 def table(*shape, scale=1.0):
-    return nn.Parameter(scale * torch.randn(*shape))  # embeddings, positions, a head: for AdamW
+    return nn.Parameter(scale * torch.randn(*shape))  # for AdamW: embeddings, heads
 
 def rotary(positions, head_dim, dtype):
     """cos and sin (..., 1, S, head_dim / 2) of rotary position embeddings in 2-D, of positions
-    (..., S, 2): half of a head turns with the row, half with the column.
-    """
+    (..., S, 2): half of a head turns with the row, half with the column."""
     n = head_dim // 4
     frequency = 100.0 ** (-torch.arange(n, device=positions.device) / n)
     frequency[n // 2:] = 0  # what does not turn matches by content: a word finds its object
@@ -663,8 +651,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, sees, cache=None, at=0):
         """x (B, S, D) -> (B, S, D). Row i attends to columns [0, sees[i]). With a KV cache the S
-        rows stand in columns [at, at + S), behind those that it holds.
-        """
+        rows stand in columns [at, at + S), behind those that it holds."""
         B, S, D = x.shape
         qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, D/H) each
@@ -677,8 +664,7 @@ class Block(nn.Module):
 
 def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
     """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given;
-    sees (S,) or, with a column `at` for each row, (B, S). By default all rows see all rows.
-    """
+    sees (S,) or, with a column `at` for each row, (B, S). By default all rows see all rows."""
     S, dtype = x.shape[1], compute_dtype(x.device)
     sees = torch.full((S,), S, dtype=torch.int32, device=x.device) if sees is None else sees
     x = x.to(dtype)
@@ -692,8 +678,7 @@ def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
 
 class Stem(nn.Module):
     """A vector for each patch of a picture, from `reach` x `reach` patches around it. A hidden
-    layer and overlap, as in a convolutional stem: linear patches train far slower.
-    """
+    layer and overlap, as in a convolutional stem: linear patches train far slower."""
     def __init__(self, patch, reach, hidden, width):
         super().__init__()
         self.patch, self.reach = patch, reach
@@ -712,8 +697,7 @@ class Stem(nn.Module):
 class VisionTokenizer(nn.Module):
     """Autoencoder with finite scalar quantization (FSQ, arXiv 2309.15505): a few bounded channels,
     each rounded to a few levels. The encoder sees one patch, so that equal patches get equal codes,
-    which can be predicted; the decoder sees everything.
-    """
+    which can be predicted; the decoder sees everything."""
     def __init__(self, cfg):
         super().__init__()
         self.patch, D, C = cfg.patch, cfg.tok_width, len(cfg.levels)
@@ -732,8 +716,7 @@ class VisionTokenizer(nn.Module):
 
     def quantize(self, z):
         """z (..., C) -> the nearest grid point in (-1, 1), and its code (...). In fp32: rounding a
-        bf16 number, of 8 bits, picks neighbouring codes.
-        """
+        bf16 number, of 8 bits, picks neighbouring codes."""
         half, smooth = self.levels / 2, torch.tanh(z.float())  # smooth: in (-1, 1)
         digits = torch.minimum(((smooth + 1) * half).floor(), self.levels - 1)  # 0 ... L - 1
         point = (digits + 0.5) / half - 1
@@ -780,9 +763,8 @@ class VisionTokenizer(nn.Module):
 #     proxy        [U patches] [T prompt] [N codes of the target]   loss on masked codes
 #
 # The whole attention mask is one integer a row, `sees`: row i attends to columns [0, sees[i]).
-# Patches see all patches, text sees what came before it, codes see everything. The picture that a
-# proxy is drawn of enters as patches only: what the visible codes do not tell must come from the
-# vision encoder.
+# Patches see all patches, text sees what came before it, codes see everything. What a proxy is
+# drawn of enters as patches only: all that visible codes do not tell comes from the vision encoder.
 
 class UnifiedModel(nn.Module):
     """A vision encoder, a transformer over patches, text and codes, a text and an image head."""
@@ -808,10 +790,8 @@ class UnifiedModel(nn.Module):
         return norm(run_blocks(self.encoder, x, self.patch_places).float())
 
     def embed_text(self, text, before, at):
-        """text (B, T) at places (T,) or (B, T), and the word before each -> embeddings (B, T, D),
-        rotary positions. With both words "red ring" is one thing to look up from the first block
-        on; by itself a small transformer learns to put them together in some seeds only.
-        """
+        """text (B, T) at places (T,) or (B, T), the word before each -> embeddings (B, T, D),
+        rotary positions. Else a small model joins "red ring", to look it up, late or never."""
         x = F.embedding(text, norm(self.word)) + F.embedding(before, norm(self.word_before))
         places = (self.code_places.max() + 1 + at)[..., None].expand(*at.shape, 2)
         return x + self.text_position[at], places
@@ -837,9 +817,7 @@ class UnifiedModel(nn.Module):
         return norm(x), positions, sees
 
     def forward(self, image, text, codes):
-        """image (B, 3, P, P) or None, text (B, T), codes (B, N) or None -> hidden states of the
-        text (B, T, D) and of the codes (B, N, D).
-        """
+        """image or None, text (B, T), codes or None -> hidden text (B, T, D), codes (B, N, D)."""
         h = norm(run_blocks(self.blocks, *self.layout(image, text, codes)))  # (B, S, D)
         U, T = 0 if image is None else self.cfg.patches, text.shape[1]
         return h[:, U:U + T], h[:, U + T:]
@@ -868,9 +846,7 @@ class Batch(NamedTuple):
     proxy: tuple | None = None  # image, text, target, is_masked
 
 def losses(model, tokenizer, batch):
-    """Each loss is the mean over its own tokens, so a proxy does not thin out the replay; the
-    weights are the paper's.
-    """
+    """Means over own tokens, so that a proxy does not thin out the replay; the paper's weights."""
     text = text_loss(model, *batch.questions)
     captions = image_loss(model, tokenizer, *batch.captions)
     proxy = image_loss(model, tokenizer, *batch.proxy) if batch.proxy else 0.0
@@ -942,8 +918,7 @@ def make_batch(cfg, stage, step):
 
 def prefill(model, image, text, room):
     """Run [patches] [text] once -> hidden states (B, S, D), KV caches with room for more columns:
-    these rows never see what follows, so their keys and values stay valid.
-    """
+    these rows never see what follows, so their keys and values stay valid."""
     x, positions, sees = model.layout(image, text, None)
     (B, S, D), d, dtype = x.shape, model.cfg.head_dim, compute_dtype(x.device)
     shape = (2, B, D // d, S + room, d)  # keys and values
@@ -953,8 +928,7 @@ def prefill(model, image, text, room):
 @torch.no_grad()
 def refine(model, tokenizer, image, text, noise, guidance, temperature):
     """Pictures (B, 3, P, P) of B texts, of 2 B with empty ones last if guided. All randomness is in
-    noise (steps, 2, B, N): uniform for the codes, Gumbel for their order.
-    """
+    noise (steps, 2, B, N): uniform for the codes, Gumbel for their order."""
     (steps, _, B, N), MASK = noise.shape, model.cfg.codebook
     h, caches = prefill(model, image, text, N)
     at = h.shape[1]
@@ -982,25 +956,22 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
             codes = codes.scatter(1, confidence.topk(still, largest=False).indices, MASK)
     return tokenizer.decode(codes)
 
-def generate(model, tokenizer, texts, image=None, guidance=1.0, temperature=None, seed=0):
-    """Draw a picture of each text, after looking at `image` if given; both (B, 3, P, P).
-
+def generate(model, tokenizer, texts, image=None, seed=0):
+    """Draw each text or, given images (B, 3, P, P), what the texts ask to draw of them.
     MaskGIT (arXiv 2202.04200): all codes start masked; each step predicts them all and keeps the
-    most confident, so that cos(pi/2 * step/steps) stay masked. Temperature 0 is greedy.
-    """
+    most confident, so that cos(pi/2 * step/steps) stay masked. Temperature 0 is greedy."""
     cfg, device = model.cfg, model.word.device
-    # a proxy leaves little open: two steps draw better masks than twelve
-    steps, length = (cfg.sample_steps, PROMPT_LEN) if image is None else (2, PROXY_LEN)
+    # a proxy leaves little open: two greedy steps draw better masks than twelve
+    steps, length, guidance, temperature = (2, PROXY_LEN, 1.0, 0.0) if image is not None else (
+        cfg.sample_steps, PROMPT_LEN, cfg.guidance, cfg.temperature)
     shape, g = (steps, len(texts), cfg.tokens), torch.Generator().manual_seed(seed)
     gumbel = -torch.empty(shape).exponential_(generator=g).log()
     noise = torch.stack([torch.rand(shape, generator=g), gumbel], 1).to(device)
     text = pad([encode(text) for text in texts], length)
     if guidance != 1:  # the texts and as many empty ones, in one batch
         text = torch.cat([text, torch.full_like(text, PAD)])
-        image = None if image is None else torch.cat([image, image])
     # on a GPU all steps are one CUDA graph, which lives as long as the model
     draw = model.__dict__.setdefault("graph", GraphedStep(refine))
-    temperature = cfg.temperature if temperature is None else temperature
     return draw(model, tokenizer, image, text.to(device), noise, guidance, temperature).clone()
 
 @torch.no_grad()
@@ -1052,16 +1023,16 @@ class Run:
     def config(self):
         try:
             cfg = Config(**json.loads((self.folder / "config.json").read_text("utf-8")))
-            cfg.validate()
-            return cfg
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        except Exception as e:  # whatever a stranger's file may hold
             raise UserError(f"{self.folder} holds no run of this version ({one_line(e)}); train "
                             "one with --train, or name one with --run") from None
+        cfg.validate()
+        return cfg
 
     def open(self, cfg):
         """Claim the folder for a configuration; one that holds anything else stays as it is."""
         if self.has("config.json"):
-            there, now = dataclasses.asdict(self.config()), dataclasses.asdict(cfg)
+            there, now = vars(self.config()), vars(cfg)
             others = [f"{name} ({there[name]} there, {now[name]} now)" for name in NAMES
                       if name not in FREE and there[name] != now[name]]
             if others:
@@ -1070,7 +1041,7 @@ class Run:
         elif self.folder.exists() and (self.folder.is_file() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} is there and is no run; choose another with --run")
         else:
-            self.write("config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+            self.write("config.json", json.dumps(vars(cfg), indent=1))
 
     def load(self, stage, module):
         """The weights of a stage, into a module that will not be trained."""
@@ -1117,18 +1088,18 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
     bar, began = tqdm(range(start, steps), f"{stage:14}", steps, initial=start), time.time()
     with open(run.folder / "log.jsonl", "a", buffering=1) as log:
         for step in bar:
-            batch = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x,
-                             make_batch(cfg, stage, step))
-            # an arm goes down from the start, or it would unlearn some of what the base can do
+            batch = make_batch(cfg, stage, step)
+            batch = tree_map(lambda x: x if x is None else x.to(device), batch)
+            # an arm goes down from the start, or it unlearns some of what the base can do
             rate = rate_factor(step, steps, 0.0 if stage in PROXIES else 0.5)
             parts = update(batch, torch.tensor(rate, device=device))
             last = step + 1 == steps
             if step % 10 == 0 or last:
-                values = {name: round(part.item(), 5) for name, part in parts.items()}
+                values = {name: round(part.item(), 4) for name, part in parts.items()}
                 if not math.isfinite(values["loss"]):
                     raise UserError(f"the loss of {stage} became {values['loss']} at step {step}; "
                                     "try a lower --lr, in another --run")
-                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+                bar.set_postfix(values)
                 line = {"stage": stage, "step": step, **values}
                 line["seconds"] = round(time.time() - began, 2)
                 log.write(json.dumps(line) + "\n")
@@ -1149,9 +1120,7 @@ def choose_device(name):
     return torch.device(name)
 
 def train(cfg, folder, base=None):
-    """Every stage whose weights are not there yet, then the report. With another run as `base`,
-    tokenizer and base are copied from it.
-    """
+    """Every stage that is not there yet, then the report; `base` is a run to copy the base from."""
     from eval import evaluate, show
     run, device = Run(folder), choose_device(cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
@@ -1210,8 +1179,7 @@ def read_image(path, size):
         raise UserError(f"cannot read {path} ({one_line(e)}); give a PNG or JPEG") from None
     white = Image.new("RGBA", picture.size, "white")  # under what is transparent
     picture = Image.alpha_composite(white, picture).convert("RGB")
-    kind = Image.Resampling.BOX if min(picture.size) >= size else Image.Resampling.BICUBIC
-    pixels = np.asarray(picture.resize((size, size), kind), np.float32) / 255
+    pixels = np.asarray(picture.resize((size, size), Image.BOX), np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 def to_pil(image):
@@ -1228,11 +1196,10 @@ def checked(text, room):
     return text
 
 def save_png(image, path):
-    """Write (3, h, w) in [0, 1], enlarged, but never among the files of a run."""
-    in_run = any(Run(folder).has("config.json") for folder in list(path.absolute().parents)[:2])
-    if path.suffix.lower() != ".png" or path.is_dir() or in_run:
-        raise UserError(f"will not write {path}; give --out a .png outside of runs")
-    picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.Resampling.NEAREST)
+    """Write (3, h, w), enlarged."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"a picture is written as PNG; got --out {path}; give it a name in .png")
+    picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.NEAREST)
     picture.save(out := io.BytesIO(), "PNG")
     Run(path.parent).write(path.name, out.getvalue())
 
@@ -1247,14 +1214,14 @@ def use(args, given):
     who = f"({run.folder}, model {name})"
     if args.generate:
         text = checked(" ".join(args.generate.lower().split()), PROMPT_LEN)
-        drawn = generate(model, tokenizer, [text], guidance=cfg.guidance, seed=seed)
+        drawn = generate(model, tokenizer, [text], seed=seed)
         save_png(drawn[0], out)
         return print(f"wrote {out} {who}")
     image = read_image(args.segment or args.ask[0], cfg.image_size).to(device)
     if args.segment:  # what this model was trained to draw
         proxy = PROXIES[name if name in PROXIES and PROXIES[name].target else "instance"]
         prompt = proxy.prompt.format(name="red circle")
-        drawn = generate(model, tokenizer, [prompt], image, temperature=0)
+        drawn = generate(model, tokenizer, [prompt], image)
         save_png(torch.cat([F.pad(image, (0, 1), value=1.0), drawn], -1)[0], out)
         return print(f"asked to {prompt} wrote {out} {who}")
     question = checked(normalize(args.ask[1]), TEXT_LEN - 8)
@@ -1291,8 +1258,8 @@ def parser():
 def command(argv):
     args = parser().parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in NAMES}
-    if any(value in ("", []) or "\0" in str(value) for value in vars(args).values()):
-        raise UserError("an argument is empty, or has a zero byte; leave it out")
+    if any(value in ("", []) for value in vars(args).values()):
+        raise UserError("an argument is empty; leave it out")
     if not args.train:
         return use(args, given)
     if args.model or args.out:
@@ -1304,7 +1271,7 @@ def command(argv):
         base, fixed = find_run(args.base), set(given) - set(ONLY_ARMS)
         if fixed or args.preset:
             raise UserError(f"--base has its own {', '.join(fixed) or 'preset'}; leave that out")
-        start = {**dataclasses.asdict(base.config()), "device": "auto", "threads": 0}
+        start = {**vars(base.config()), "device": "auto", "threads": 0}
     cfg = Config(**{**start, **given})
     cfg.validate()
     train(cfg, find_run(args.run or ("arms" if base else preset)).folder, base)
