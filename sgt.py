@@ -75,7 +75,7 @@ class Config:
     vqa_batch: int = 36  # dialogues a step
     t2i_batch: int = 24  # captioned pictures a step
     lr: float = 0.02  # Muon learning rate of the matrices
-    adam_lr: float = 0.012  # AdamW learning rate of the model's embeddings and heads
+    adam_lr: float = 0.012  # AdamW learning rate of embeddings and heads
     # training of the arms; from here on settings may differ from the run that --base names
     arm_steps: int = 500  # steps of every arm
     arm_batch: int = 16  # dialogues, and captioned pictures, a step (the replay)
@@ -98,7 +98,7 @@ class Config:
 
     grid = property(lambda self: self.image_size // self.patch)  # G
     tokens = property(lambda self: self.grid ** 2)  # N
-    see_patch = property(lambda self: 2 * self.patch)  # pixels a side of a patch looked at
+    see_patch = property(lambda self: 2 * self.patch)  # pixels a side of a patch
     patches = property(lambda self: self.tokens // 4)  # U
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
     codebook = property(lambda self: math.prod(self.levels))  # K
@@ -122,7 +122,7 @@ class Config:
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), "proxies",
              f"name each once, of {', '.join(PROXIES)}, or all"),
             (1 not in (self.draws, self.arm_scenes, self.tok_batch),
-             "ratio arm_scenes tok_batch", "one picture has no other to be mixed up with; give 2")
+             "ratio arm_scenes tok_batch", "one picture has no other; give 2")
         ]:
             if not ok:
                 got = ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
@@ -133,7 +133,7 @@ ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_ever
 MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "arm_scenes", "proxy_weight",
                "guidance", "temperature", "compile", "threads")
 PRESETS = {
-    # every stage in half a minute on two cores; says nothing about quality
+    # every stage in half a minute; says nothing about quality
     "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, encoder_depth=1,
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
@@ -309,7 +309,7 @@ def normalize(question):
     """A question as the training texts put it: politeness, signs and case must not matter."""
     text = " ".join(question.lower().split())
     end = "." if text.endswith(".") and "?" not in text else "?"  # as in "list the objects."
-    for extra in (r"please|kindly", r"in (the|this) (image|picture|photo|photograph|scene)",
+    for extra in (r"please", r"in (the|this) (image|picture|photo|scene)",
                   r"(answer|reply|respond)[^.?!]*\byes\b[^.?!]*\bno\b['\"]?"):
         text = re.sub(rf"\b({extra})(?!\w)", " ", text)
     text = re.sub(r"\bis there an\b", "is there a", re.sub(r"[?.!,;:\s]+", " ", text).strip())
@@ -579,7 +579,7 @@ PROXIES = {
     "boxes": Proxy("high", "draw boxes around all objects.", boxes),
     "depth": Proxy("mid", "estimate the depth map now.", depth),
     "novel_view": Proxy("mid", "shift the camera right now.", novel_view),
-    # DIFFERS: to restore needs something broken: a `source` changes what is looked at, too
+    # DIFFERS: to restore, something must be broken: `source` changes what is looked at
     "inpainting": Proxy("mid", "fill in the missing part.", original, hole),
     "edges": Proxy("low", "detect the edges of everything.", edges),
     "reconstruction": Proxy("low", "copy the picture as is.", original),
@@ -970,7 +970,7 @@ def generate(model, tokenizer, texts, image=None, seed=0):
     text = pad([encode(text) for text in texts], length)
     if guidance != 1:  # the texts and as many empty ones, in one batch
         text = torch.cat([text, torch.full_like(text, PAD)])
-    # on a GPU all steps are one CUDA graph, which lives as long as the model
+    # on a GPU one CUDA graph, which lives as long as the model
     draw = model.__dict__.setdefault("graph", GraphedStep(refine))
     return draw(model, tokenizer, image, text.to(device), noise, guidance, temperature).clone()
 
@@ -980,7 +980,7 @@ def answer(model, image, questions, limit=24):
     device, U = model.word.device, model.cfg.patches
     texts = [encode(question) for question in questions]
     longest = max(map(len, texts))
-    limit = max(1, min(limit, TEXT_LEN - longest))
+    limit = min(limit, TEXT_LEN - longest)
     length = torch.tensor([len(text) for text in texts], device=device)  # (B,)
     h, caches = prefill(model, image, pad(texts, longest).to(device), limit)
     h = h[torch.arange(len(texts)), U + length - 1]  # (B, D)
@@ -1017,6 +1017,8 @@ class Run:
         try:
             temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
             os.replace(temporary, path)
+        except OSError as e:
+            raise UserError(f"cannot write {path} ({e.strerror}); make room, go on") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -1038,7 +1040,7 @@ class Run:
             if others:
                 raise UserError(f"{self.folder} has other settings: {', '.join(others)}; use "
                                 "these, or another folder with --run")
-        elif self.folder.exists() and (self.folder.is_file() or any(self.folder.iterdir())):
+        elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is there and is no run; choose another with --run")
         else:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
@@ -1098,7 +1100,7 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
                 values = {name: round(part.item(), 4) for name, part in parts.items()}
                 if not math.isfinite(values["loss"]):
                     raise UserError(f"the loss of {stage} became {values['loss']} at step {step}; "
-                                    "try a lower --lr, in another --run")
+                                    "lower --lr")
                 bar.set_postfix(values)
                 line = {"stage": stage, "step": step, **values}
                 line["seconds"] = round(time.time() - began, 2)
@@ -1130,9 +1132,8 @@ def train(cfg, folder, base=None):
             run.write(name, (base.folder / name).read_bytes())
     torch.manual_seed(cfg.seed)
     tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{run.folder}: {count:.1f}M parameters, seed {cfg.seed}, {device}, "
-          f"{compute_dtype(device)}, torch {torch.__version__}")
+    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+          f"seed {cfg.seed}, {device}, {compute_dtype(device)}")
     for stage in ("tokenizer", "base", *cfg.arms):
         if stage in PROXIES:
             model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
@@ -1214,8 +1215,7 @@ def use(args, given):
     who = f"({run.folder}, model {name})"
     if args.generate:
         text = checked(" ".join(args.generate.lower().split()), PROMPT_LEN)
-        drawn = generate(model, tokenizer, [text], seed=seed)
-        save_png(drawn[0], out)
+        save_png(generate(model, tokenizer, [text], seed=seed)[0], out)
         return print(f"wrote {out} {who}")
     image = read_image(args.segment or args.ask[0], cfg.image_size).to(device)
     if args.segment:  # what this model was trained to draw
@@ -1241,10 +1241,10 @@ def parser():
     verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
     p.add_argument("--preset", choices=PRESETS, help="sizes (default: tiny, on a GPU base)")
     p.add_argument("--run", help="a run's folder, or its name under runs/")
-    p.add_argument("--base", help="train arms on tokenizer and base of this run")
-    p.add_argument("--model", help="which model to use: base, none (SFT), instance (SGT), ...")
-    p.add_argument("--out", help="where to write the picture (default: out.png)")
-    settings = p.add_argument_group("settings (defaults are those of the preset tiny)")
+    p.add_argument("--base", help="train arms on the base of this run")
+    p.add_argument("--model", help="base, none (SFT), instance (SGT, the default), ...")
+    p.add_argument("--out", help="where to draw (default: out.png)")
+    settings = p.add_argument_group("settings (defaults: preset tiny)")
     source = Path(__file__).read_text(encoding="utf-8")
     help_of = dict(re.findall(r"^    (\w+): \w+ = .*?# *(.+)$", source, re.M))
     for field in dataclasses.fields(Config):
@@ -1283,6 +1283,10 @@ def main(argv=None, command=command):
             stream.reconfigure(errors="replace")
     try:
         command(argv)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (UserError, OSError, torch.OutOfMemoryError) as e:  # a full disk is no bug either
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
