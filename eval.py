@@ -345,7 +345,8 @@ def read_report(run):
                         f"make one with: python eval.py {run.folder} --again") from None
 
 def show(run):
-    return f"{markdown(read_report(run))}\n\nPictures and curves: {run.folder / 'report.html'}"
+    return (f"{markdown(read_report(run))}\n\nPictures and curves: {run.folder / 'report.html'}\n"
+            f"Pictures to ask about: python eval.py {run.folder} --export scenes")
 
 def picture_grid(rows, cell=96):
     """PNG of labelled rows of pictures: (label, (n, 3, P, P) in [0, 1], texts below or None)."""

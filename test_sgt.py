@@ -73,7 +73,7 @@ def same(a, b):
 
 # ---- the code itself
 @pytest.mark.parametrize("name, lines, size", [
-    ("sgt.py", 1300, 67993), ("eval.py", 499, 27305), ("kernels.py", 471, 24582),
+    ("sgt.py", 1300, 67993), ("eval.py", 500, 27391), ("kernels.py", 471, 24582),
     ("test_sgt.py", 900, 52000), ("README.md", 260, 18000)])
 def test_every_file_keeps_to_its_budget(name, lines, size):
     """A file that grows until nobody reads it. Aims: 1300 / 68000, 500 / 28000, 450 / 24000."""
