@@ -384,7 +384,7 @@ def evaluate(run, device):
     both = [scene._replace(textured=look) for scene in four for look in (False, True)]
     seen, _, target = sgt.draw_proxy(cfg, "instance", both)
     wonder = [f"how many {sgt.plural(scene.things[0].shape)}?" for scene in both]
-    masks, free = [("picture", seen, wonder), ("true masks", target, None)], []
+    masks, free, textured = [("picture", seen, wonder), ("true masks", target, None)], [], {}
     for arm in tqdm(["base", *cfg.arms], "measuring"):
         model = sgt.load_run(run, arm, device)[2]
         hits = [right(model, items, look == "textured") for look in LOOKS]
@@ -393,11 +393,7 @@ def evaluate(run, device):
         entry = report["models"][arm] = {
             **{look: by_kind(items, each) for look, each in zip(LOOKS, hits)},
             "generation": pictures_score(drawn_of, drawn), "inside": inside(cfg, model)}
-        if arm == "none":
-            sft = hits[1]
-        elif "none" in report["models"]:
-            d = 100.0 * hits[1] - 100.0 * sft
-            entry["textured - SFT"] = [float(d.mean()), float(d.std() / math.sqrt(len(d)))]
+        textured[arm] = 100.0 * hits[1]
         if arm in ("instance", "shuffled"):
             entry["masks"] = segmentation(cfg, model, tokenizer)
         proxy = arm if PROXIES.get(arm, PROXIES["none"]).target else "instance"
@@ -407,6 +403,9 @@ def evaluate(run, device):
         masks.append((f"{LABELS[arm]}: draws, says", picture, said))
         few = [i * len(texts) // 8 for i in range(8)]
         free.append((f"{LABELS[arm]}: of a text", drawn[few], [texts[i] for i in few]))
+    for arm in set(textured) - {"base", "none"} if "none" in textured else ():
+        d = textured[arm] - textured["none"]
+        report["models"][arm]["textured - SFT"] = [float(d.mean()), float(d.std() / len(d) ** 0.5)]
     run.write("samples/comparison.png", picture_grid(masks))
     run.write("samples/prompts.png", picture_grid(free))
     run.write("report.md", markdown(report) + "\n")

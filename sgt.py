@@ -6,9 +6,9 @@
     python sgt.py --generate "two red circles"
 
 A unified model answers questions about pictures and draws pictures of texts. Semantic Generative
-Tuning (SGT, arXiv 2605.18714) trains it on to draw the *segmentation* of a picture it looks at.
+Tuning (SGT, arXiv 2605.18714) then trains it to draw the *segmentation* of a picture it looks at.
 That picture enters through the vision encoder alone, as for questions: the dense loss of the
-drawing teaches it to see. Arms that draw something else, or nothing (SFT), show whether it does.
+drawing teaches it to see. Other copies ("arms") draw something else, or nothing (SFT).
 
   image --> stem --> vision encoder --> features --+                     +--> image head --> codes
   text --> words ----------------------------------+--> one transformer --+
@@ -79,7 +79,7 @@ class Config:
     # training of the arms; from here on settings may differ from the run that --base names
     arm_steps: int = 500  # steps of every arm
     arm_batch: int = 16  # dialogues, and captioned pictures, a step (the replay)
-    ratio: float = 2.0  # pictures drawn of a proxy per dialogue (the paper: 2)
+    ratio: float = 2.0  # proxy pictures per dialogue (the paper: 2)
     arm_scenes: int = 0  # how many pictures have masks; 0: new ones
     proxies: str = "none,reconstruction,instance"  # arms, or "all"; none is SFT, instance SGT
     proxy_weight: float = 1.0  # weight of the proxy's loss (the paper: 1)
@@ -102,14 +102,14 @@ class Config:
     patches = property(lambda self: self.tokens // 4)  # U
     levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
     codebook = property(lambda self: math.prod(self.levels))  # K
-    draws = property(lambda self: round(self.ratio * self.arm_batch))  # of a proxy, a step
+    draws = property(lambda self: round(self.ratio * self.arm_batch))  # proxy pictures a step
     arms = property(lambda self: list(PROXIES) if self.proxies == "all"
                     else self.proxies.split(","))
 
     def validate(self):
         """Refuse, in one line, what would otherwise fail late or obscurely."""
         for name, value in vars(self).items():
-            lowest, kind = 0 if name in MAY_BE_ZERO else 1e-9, type(getattr(Config, name))
+            kind, lowest = type(getattr(Config, name)), 0 if name in MAY_BE_ZERO else 1e-9
             if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 32:
                 raise UserError(f"{name}={value} is out of range or no {kind.__name__}; give one")
         for ok, names, how in [
@@ -121,7 +121,7 @@ class Config:
              "width head_dim tok_width", "these must be divisible by head_dim, by 8 and by 32"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), "proxies",
              f"name each once, of {', '.join(PROXIES)}, or all"),
-            (1 not in (self.draws, self.arm_scenes, self.tok_batch),
+            ((self.draws > 1 or not self.ratio) and 1 not in (self.arm_scenes, self.tok_batch),
              "ratio arm_scenes tok_batch", "one picture has no other; give 2")
         ]:
             if not ok:
@@ -161,7 +161,7 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90)}
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = {"small": 0.11, "big": 0.172}  # as a share of the picture's side
-MAX_OBJECTS, LATTICE = 4, 8  # M; centres lie on multiples of so many pixels
+MAX_OBJECTS, LATTICE = 4, 8  # M; most centres are multiples of so many pixels
 
 class Thing(NamedTuple):
     """One object, in words and in pixels."""
@@ -222,8 +222,8 @@ def sample_scene(cfg, key, overlapping):
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
     return Scene(key, things, rng.randrange(len(BACKGROUNDS)))
 
-# Questions and captions are about the plain look. What proxies are drawn of, "masks", has both.
-# The tokenizer is trained on "pictures" and masks.
+# Share of textured scenes by use: what proxies look at, "masks", has both looks.
+# The tokenizer is trained on "pictures" and "masks".
 TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
 
 def sample(cfg, split, numbers, use):
@@ -344,8 +344,8 @@ def reading_order(things, P):
     return sorted(things, key=lambda o: (int(4 * o.y / P), o.x))
 
 def captions(things, rng, P):
-    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and "places". In reading
-    order: else a code cannot know which thing it belongs to, and draws two of one."""
+    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and "places". Things are in
+    reading order, but for "position": else codes cannot tell which one to draw."""
     things = reading_order(things, P)
     n, shapes = len(things), {o.shape for o in things}
     found = {"places": ", ".join(f"{noun(o)} {where(o, P)}" for o in things)}
@@ -450,8 +450,8 @@ def ask(kind, things, rng, P):
     return rng.choice([option for option in options if option[1] == wanted])
 
 def dialogue(cfg, scene):
-    """Questions with their answers, in random order, then a description: ids, and what to predict
-    there, the same ids in answers and -100 in questions."""
+    """Questions with their answers, in random order, then a description: ids, and the targets:
+    the same ids in answers, -100 in questions."""
     rng, P, turns, ids, answers = scene.rng("dialogue"), cfg.image_size, [], [], []
     length = lambda turn: len(encode("".join(turn))) + 1
     last = "list the objects.", describe(scene.things, rng, P)
@@ -567,19 +567,18 @@ def hole(x, g):
 # ┌─ SGT, 2 of 3: arms differ in their row of this table alone
 
 PROXY_LEN = 6  # tokens of every prompt below
-Proxy = namedtuple("Proxy", "level prompt target source", defaults=[None])
+Proxy = namedtuple("Proxy", "level prompt target spoil", defaults=[None])
 PROXIES = {
     "none": Proxy("control", "", None),  # SFT: replay alone
     "shuffled": Proxy("control", "segment instances with different colors.", shuffled),
     "instance": Proxy("high", "segment instances with different colors.", instance),
-    # └─
     "semantic": Proxy("high", "paint every class another color.", semantic),
     "panoptic": Proxy("high", "segment all things and stuff.", panoptic),
     "referring": Proxy("high", "segment only the {name}.", referring),
     "boxes": Proxy("high", "draw boxes around all objects.", boxes),
     "depth": Proxy("mid", "estimate the depth map now.", depth),
     "novel_view": Proxy("mid", "shift the camera right now.", novel_view),
-    # DIFFERS: to restore, something must be broken: `source` changes what is looked at
+    # to restore, something must be broken: `spoil` changes what is looked at, too
     "inpainting": Proxy("mid", "fill in the missing part.", original, hole),
     "edges": Proxy("low", "detect the edges of everything.", edges),
     "reconstruction": Proxy("low", "copy the picture as is.", original),
@@ -588,7 +587,7 @@ PROXIES = {
     "deblur": Proxy("low", "remove blur from the image.", original,
                     lambda x, g: F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)),
     "superres": Proxy("low", "restore detail of the image.", original,
-                      lambda x, g: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)),
+                      lambda x, g: F.interpolate(F.avg_pool2d(x, 4), x.shape[2:])),
     "enhance": Proxy("low", "enhance the very dark image.", original,
                      lambda x, g: 0.2 * x + 0.02 * torch.randn(x.shape, generator=g)),
     "derain": Proxy("low", "remove rain from the image.", original, rain),
@@ -598,10 +597,11 @@ def draw_proxy(cfg, name, scenes):
     """What is looked at (B, 3, P, P), the prompts, and what is to be drawn (B, 3, P, P)."""
     proxy, r = PROXIES[name], render(cfg, scenes)
     image = r.image
-    if proxy.source:
-        image = proxy.source(image, scenes[0].generator("source")).clamp(0, 1)
+    if proxy.spoil:
+        image = proxy.spoil(image, scenes[0].generator("source")).clamp(0, 1)
     prompts = [proxy.prompt.format(name=referent(scene)) for scene in scenes]
     return image, prompts, proxy.target(cfg, scenes, r)
+# └─
 
 # ==== 5. Transformer
 
@@ -623,10 +623,10 @@ def table(*shape, scale=1.0):
 
 def rotary(positions, head_dim, dtype):
     """cos and sin (..., 1, S, head_dim / 2) of rotary position embeddings in 2-D, of positions
-    (..., S, 2): half of a head turns with the row, half with the column."""
+    (..., S, 2): a quarter of a head turns with the row, a quarter with the column."""
     n = head_dim // 4
     frequency = 100.0 ** (-torch.arange(n, device=positions.device) / n)
-    frequency[n // 2:] = 0  # what does not turn matches by content: a word finds its object
+    frequency[n // 2:] = 0  # the rest matches by content: a word finds its object
     angle = (positions[..., None] * frequency).flatten(-2).unsqueeze(-3)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -664,7 +664,7 @@ class Block(nn.Module):
 
 def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
     """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given;
-    sees (S,) or, with a column `at` for each row, (B, S). By default all rows see all rows."""
+    sees (S,) or, with a column `at` per sample, (B, S). By default all rows see all rows."""
     S, dtype = x.shape[1], compute_dtype(x.device)
     sees = torch.full((S,), S, dtype=torch.int32, device=x.device) if sees is None else sees
     x = x.to(dtype)
@@ -686,10 +686,10 @@ class Stem(nn.Module):
         self.stem_out = matrix(width, hidden)
 
     def forward(self, image):
-        """image (B, 3, P, P) in [0, 1] -> (B, N, width)."""
+        """image (B, 3, P, P) in [0, 1] -> (B, patches, width)."""
         p, k = self.patch, self.reach * self.patch
         padded = F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate")
-        windows = F.unfold(padded, k, stride=p).transpose(1, 2).contiguous()  # (B, N, 3 * k * k)
+        windows = F.unfold(padded, k, stride=p).transpose(1, 2).contiguous()  # (B, patches, 3kk)
         return norm(linear(F.gelu(linear(windows, self.stem_in)), self.stem_out))
 
 # ==== 6. Vision tokenizer: picture <-> codes
@@ -756,15 +756,15 @@ class VisionTokenizer(nn.Module):
 # ==== 7. SGT: model, losses, arms
 
 # ┌─ SGT, 3 of 3
-# Three layouts of fixed lengths, one document a row:
+# Three layouts of fixed lengths; a sample has one of them:
 #
 #     understand   [U patches] [T text: questions, answers]         loss on answers
 #     generate                 [T prompt] [N codes]                 loss on masked codes
 #     proxy        [U patches] [T prompt] [N codes of the target]   loss on masked codes
 #
-# The whole attention mask is one integer a row, `sees`: row i attends to columns [0, sees[i]).
-# Patches see all patches, text sees what came before it, codes see everything. What a proxy is
-# drawn of enters as patches only: all that visible codes do not tell comes from the vision encoder.
+# The whole attention mask is `sees` (S,): position i attends to the positions [0, sees[i]).
+# Patches see patches, text what came before it, codes everything. The picture looked at enters as
+# patches alone: what the visible codes of the target leave open, the vision encoder must tell.
 
 class UnifiedModel(nn.Module):
     """A vision encoder, a transformer over patches, text and codes, a text and an image head."""
@@ -791,7 +791,7 @@ class UnifiedModel(nn.Module):
 
     def embed_text(self, text, before, at):
         """text (B, T) at places (T,) or (B, T), the word before each -> embeddings (B, T, D),
-        rotary positions. Else a small model joins "red ring", to look it up, late or never."""
+        rotary positions. Without `before` a small model learns to look up "red ring" late."""
         x = F.embedding(text, norm(self.word)) + F.embedding(before, norm(self.word_before))
         places = (self.code_places.max() + 1 + at)[..., None].expand(*at.shape, 2)
         return x + self.text_position[at], places
@@ -834,7 +834,7 @@ def text_loss(model, image, text, answer):
     return each.sum() / (answer[:, 1:] >= 0).sum()
 
 def image_loss(model, tokenizer, image, text, target, is_masked):
-    """The codes of the target (B, 3, P, P) where is_masked (B, N), from all else in the row."""
+    """Loss of the target's (B, 3, P, P) codes where is_masked (B, N); the others are input."""
     codes = tokenizer.encode(target)  # (B, N)
     _, h = model(image, text, torch.where(is_masked, model.cfg.codebook, codes))
     return (token_loss(h, model.image_head, codes) * is_masked).sum() / is_masked.sum()
@@ -846,7 +846,7 @@ class Batch(NamedTuple):
     proxy: tuple | None = None  # image, text, target, is_masked
 
 def losses(model, tokenizer, batch):
-    """Means over own tokens, so that a proxy does not thin out the replay; the paper's weights."""
+    """Each the mean over its own tokens; weighted 1.5, 1 and 1 as in the paper."""
     text = text_loss(model, *batch.questions)
     captions = image_loss(model, tokenizer, *batch.captions)
     proxy = image_loss(model, tokenizer, *batch.proxy) if batch.proxy else 0.0
@@ -859,7 +859,7 @@ def mask_codes(cfg, n, g):
     return torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1) < count.clamp(min=1)
 
 def make_arm(cfg, base):
-    """Every arm is a copy of the base, and goes on with the same replay in the same order."""
+    """Every arm is a copy of the base and trains on the same new questions and captions."""
     arm = UnifiedModel(cfg).to(base.word.device)
     arm.load_state_dict(base.state_dict())
     return arm
@@ -927,7 +927,7 @@ def prefill(model, image, text, room):
 
 @torch.no_grad()
 def refine(model, tokenizer, image, text, noise, guidance, temperature):
-    """Pictures (B, 3, P, P) of B texts, of 2 B with empty ones last if guided. All randomness is in
+    """Pictures (B, 3, P, P) of B texts; if guided, B empty ones follow them. All randomness is in
     noise (steps, 2, B, N): uniform for the codes, Gumbel for their order."""
     (steps, _, B, N), MASK = noise.shape, model.cfg.codebook
     h, caches = prefill(model, image, text, N)
@@ -989,7 +989,7 @@ def answer(model, image, questions, limit=24):
         words = torch.cat([words, linear(h, model.text_head).float().argmax(-1)[:, None]], 1)
         if (words[:, 1:] == END).any(1).all():
             break
-        # an answer begins right behind its question, over the padding: a column for each row
+        # an answer begins right behind its question, over the padding: a column a sample
         place = (length + i)[:, None]  # (B, 1)
         x, positions = model.embed_text(words[:, -1:], words[:, -2:-1], place)
         at, sees = U + place[:, 0], (U + place + 1).int()
@@ -1092,7 +1092,7 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
         for step in bar:
             batch = make_batch(cfg, stage, step)
             batch = tree_map(lambda x: x if x is None else x.to(device), batch)
-            # an arm goes down from the start, or it unlearns some of what the base can do
+            # an arm's rate falls from the start, or it unlearns some of what the base can do
             rate = rate_factor(step, steps, 0.0 if stage in PROXIES else 0.5)
             parts = update(batch, torch.tensor(rate, device=device))
             last = step + 1 == steps
