@@ -71,7 +71,7 @@ def best_fit(color, cover, visible, x, y):
         model = (0.5 - outline * radius).clamp(0, 1)  # (n, P, P)
         overlap = (torch.minimum(model, cover) * visible).sum((1, 2))
         union = (torch.maximum(model, cover) * visible).sum((1, 2))
-        # or noise would be a big object, almost all hidden
+        # or noise would fit a big object that is almost all hidden
         seen = (model * visible).sum((1, 2)) > 0.5 * model.sum((1, 2))
         score, i = (overlap / union).where(seen, 0.0).max(0)
         if score > best[0]:
@@ -174,8 +174,6 @@ def segmentation(cfg, model, tokenizer, folder=None):
         far = nearest(drawn, PALETTE[:MAX_OBJECTS + 1])[0].sqrt()  # (B, P, P)
         scores = [1 - float(far[i][mask].mean()) for i, each in enumerate(masks) for mask in each]
         results = [{**mask, "score": score} for mask, score in zip(coco_masks(masks), scores)]
-        found[f"PQ, {look}"] = panoptic_quality(masks, true)
-        found[f"AP, {look}"] = average_precision(data, results)
         if folder:
             out = Run(folder / look)
             for about, picture in zip(data["images"], image):
@@ -183,6 +181,8 @@ def segmentation(cfg, model, tokenizer, folder=None):
                 out.write(f"images/{about['file_name']}", png.getvalue())
             out.write("instances.json", json.dumps(data))
             out.write("results.json", json.dumps(results))
+        found[f"PQ, {look}"] = panoptic_quality(masks, true)
+        found[f"AP, {look}"] = average_precision(data, results)  # last: pycocotools changes both
     return found
 
 # ==== 3. Questions and prompts
@@ -195,7 +195,7 @@ class Item(NamedTuple):
     truth: str = ""
 
 def collect(cfg, kinds, total, use, turn):
-    """As many items of every kind, each about a scene of its own: their errors are independent.
+    """`total` items, as many of every kind, each about a scene of its own: independent errors.
     `turn(cfg, kind, scene)` gives text and truth, or None."""
     items, need = [], Counter({kind: max(1, total // len(kinds)) for kind in kinds})
     for number in itertools.count():
@@ -234,9 +234,9 @@ def question_only(cfg, items):
     by_text, of_kind = defaultdict(Counter), defaultdict(Counter)
     for scene in sgt.sample(cfg, "train", range(4000), "questions"):
         for kind in QUESTIONS:
-            text, truth = question(cfg, kind, scene) or (None, None)
-            by_text[text][truth] += 1
-            of_kind[kind][truth] += text is not None
+            if asked := question(cfg, kind, scene):
+                by_text[asked[0]][asked[1]] += 1
+                of_kind[kind][asked[1]] += 1
     return [i.truth == (by_text.get(i.text) or of_kind[i.kind]).most_common(1)[0][0] for i in items]
 
 GENEVAL = ("single", "two", "counting", "colors", "position", "attribution")
@@ -271,7 +271,7 @@ def patch_states(model, scenes):
     return torch.stack([model.see(image), h.float()]).cpu()
 
 def probe(x, y):
-    """Percent right, on half of x (n, D), of ridge regression for y (n,) fitted to the others."""
+    """Ridge regression of y (n,) on the first half of x (n, D): percent right on the second."""
     half = len(x) // 2
     x = (x - x[:half].mean(0)) / (x[:half].std(0) + 1e-6)
     x = F.pad(x, (0, 1), value=1.0).double()
@@ -326,7 +326,7 @@ def markdown(report):
     ]:
         columns = {name: report[name] for name in beside}
         columns |= {LABELS[arm]: entry[part] for arm, entry in models.items() if part in entry}
-        keys, *_ = columns.values()
+        keys = next(iter(columns.values()))
         rows = [[key, *(column[key] for column in columns.values())] for key in keys]
         out += [title, table(["", *columns], rows), ""]
     for arm, entry in models.items():
@@ -396,7 +396,7 @@ def evaluate(run, device):
         textured[arm] = 100.0 * hits[1]
         if arm in ("instance", "shuffled"):
             entry["masks"] = segmentation(cfg, model, tokenizer)
-        proxy = arm if PROXIES.get(arm, PROXIES["none"]).target else "instance"
+        proxy = arm if arm in PROXIES and PROXIES[arm].target else "instance"
         source, ordered, _ = sgt.draw_proxy(cfg, proxy, both)
         picture = sgt.generate(model, tokenizer, ordered, source.to(device))
         said = sgt.answer(model, seen.to(device), wonder)
@@ -464,8 +464,8 @@ def study(reports):
             each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
             rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
     head = ["arm", "level", *columns, "textured − SFT by seed"]
-    return (f"seeds {seeds}: mean ± standard error over seeds; perception, reasoning, PQ and "
-            f"cosine (of the two looks) are of textured scenes\n{table(head, rows)}")
+    return (f"seeds {', '.join(map(str, seeds))}: mean ± standard error over seeds; perception, "
+            f"reasoning, PQ, cosine (of the looks) are of textured scenes\n{table(head, rows)}")
 
 def command(argv):
     p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)

@@ -73,10 +73,10 @@ def same(a, b):
 
 # ---- the code itself
 @pytest.mark.parametrize("name, lines, size", [
-    ("sgt.py", 1300, 67947), ("eval.py", 499, 27438), ("kernels.py", 471, 24582),
+    ("sgt.py", 1300, 68000), ("eval.py", 500, 28000), ("kernels.py", 450, 24000),
     ("test_sgt.py", 900, 52000), ("README.md", 260, 18000)])
 def test_every_file_keeps_to_its_budget(name, lines, size):
-    """A file that grows until nobody reads it. Aims: 1300 / 68000, 500 / 28000, 450 / 24000."""
+    """A file that grows until nobody reads it."""
     rows, readme = ((HERE / f).read_text("utf-8").splitlines() for f in (name, "README.md"))
     counted = [row for row in readme if row.startswith(f"| {name} | {len(rows):,} |")]
     assert name == "README.md" or counted and max(map(len, rows)) <= 100
@@ -688,7 +688,7 @@ def test_the_judge_parses_true_pictures_and_is_not_easily_pleased(preset):
     images = sgt.render(cfg, [item.scene for item in items]).image
     score = lambda items, images: evaluation.pictures_score(items, images)["average"]
     assert score(items, images) >= 99 and score(items, images.roll(7, 0)) < 35
-    assert score(items[::4], torch.rand_like(images[::4])) < 5
+    assert score(items, torch.rand(images.shape, generator=torch.Generator().manual_seed(0))) < 5
     for item, found in zip(items[::4], evaluation.judge(images[::4])):
         about = lambda o: (round(o.y / 4), round(o.x / 4), *o[:3])
         assert sorted(map(about, found)) == sorted(map(about, item.scene.things))
