@@ -658,15 +658,16 @@ class Block(nn.Module):
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.put(k, v, at)  # (B, H, L, D/H)
-        mixed = attention(q, k, v, sees)  # (B, H, S, D/H)
-        x = x + linear(mixed.transpose(1, 2).reshape(B, S, D), self.out)
+        y = F.scaled_dot_product_attention(q, k, v) if sees is None else attention(q, k, v, sees)
+        x = x + linear(y.transpose(1, 2).reshape(B, S, D), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
 def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
     """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given;
     sees (S,) or, with a column `at` per sample, (B, S). By default all rows see all rows."""
     S, dtype = x.shape[1], compute_dtype(x.device)
-    sees = torch.full((S,), S, dtype=torch.int32, device=x.device) if sees is None else sees
+    if sees is None and torch.is_grad_enabled():  # without gradients PyTorch's kernel is faster
+        sees = torch.full((S,), S, dtype=torch.int32, device=x.device)
     x = x.to(dtype)
     for i, block in enumerate(blocks):
         cos, sin = rotary(positions, x.shape[-1] // block.heads, dtype)
@@ -932,11 +933,10 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
     (steps, _, B, N), MASK = noise.shape, model.cfg.codebook
     h, caches = prefill(model, image, text, N)
     at = h.shape[1]
-    sees = torch.full((N,), at + N, dtype=torch.int32, device=h.device)  # everything
     codes = torch.full((B, N), MASK, device=h.device)
     for step in range(steps):
         x, positions = model.embed_codes(codes.repeat(len(text) // B, 1))
-        h = norm(run_blocks(model.blocks, norm(x), positions, sees, caches, at))
+        h = norm(run_blocks(model.blocks, norm(x), positions, None, caches, at))
         if len(text) > B:  # the head is linear: guiding its input guides the logits, for half
             conditional, empty = h.chunk(2)
             h = empty + guidance * (conditional - empty)
