@@ -38,6 +38,7 @@ CFG = Config(**{**PRESETS["smoke"], "seed": 3, "encoder_depth": 2, "depth": 2})
 DRAWN = [name for name, proxy in PROXIES.items() if proxy.target]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
 torch.set_num_threads(1)  # as the runs of these tests: sums in another order are other bits
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 
 @pytest.fixture
 def exact(monkeypatch):
@@ -666,14 +667,13 @@ def test_every_lab_of_the_readme_is_about_the_code_as_it_is_and_trains():
     assert len(labs) == 8
 
 @pytest.mark.parametrize("line", [
-    "", "--trian", "--train --generate ring", "--train --base-step 3", "--train --lr fast",
-    "--train --lr nan", "--train --depth -1", "--train --preset huge", "--train --run red.png/x",
-    "--train --preset smoke --depth 3", "--train --run notes/../red.png", "--train --run .",
-    "--train --model none", "--train --ratio 0.05", "--train --proxies none,sky", "--segment",
+    "", "--trian", "--train --base-step 3", "--train --lr nan", "--train --depth -1",
+    "--train --preset huge", "--train --run red.png/x", "--train --preset smoke --depth 3",
+    "--train --run notes/../red.png", "--train --model none", "--train --ratio 0.05", "--segment",
     "--train --device tpu", "--ask red.png", "--ask no.png what?", "--ask notes what?",
-    "--ask junk.png what?", "--ask red.png ?", "--ask red.png what? --image-size 64", "--generate=",
+    "--ask junk.png what?", "--ask red.png what? --image-size 64", "--generate=",
     "--segment red.png --model sky", "--generate ring extra", "--generate ring --out .",
-    "--generate ring --run nowhere", "--generate ring --out a.txt", "--generate ring --guidance -1"])
+    "--generate ring --run none", "--generate ring --out a.txt", "--generate ring --guidance -1"])
 def test_a_mistake_is_one_line_and_changes_nothing(line, copied, capsys, monkeypatch):
     """A traceback; a half-written file; a run with other settings than it says."""
     monkeypatch.setattr(sgt, "train_stage", None)
