@@ -1175,12 +1175,12 @@ def read_image(path, size):
                 values = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
                 low, span = values.min(), np.ptp(values) or 1
                 picture = Image.fromarray(np.uint8((values - low) / span * 255))
-            picture = picture.convert("RGBA")
+            picture = picture.convert("RGBA").resize((size, size), Image.BOX)
     except Exception as e:  # Pillow raises a dozen kinds for damaged files
         raise UserError(f"cannot read {path} ({one_line(e)}); give a PNG or JPEG") from None
     white = Image.new("RGBA", picture.size, "white")  # under what is transparent
     picture = Image.alpha_composite(white, picture).convert("RGB")
-    pixels = np.asarray(picture.resize((size, size), Image.BOX), np.float32) / 255
+    pixels = np.asarray(picture, np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 def to_pil(image):
