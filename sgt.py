@@ -78,7 +78,7 @@ class Config:
     adam_lr: float = 0.012  # AdamW learning rate of embeddings and heads
     # training of the arms; from here on settings may differ from the run that --base names
     arm_steps: int = 500  # steps of every arm
-    arm_batch: int = 16  # dialogues, and captioned pictures, a step (the replay)
+    arm_batch: int = 16  # dialogues and captioned pictures a step (the replay)
     ratio: float = 2.0  # proxy pictures per dialogue (the paper: 2)
     arm_scenes: int = 0  # how many pictures have masks; 0: new ones
     proxies: str = "none,reconstruction,instance"  # arms, or "all"; none is SFT, instance SGT
@@ -87,9 +87,9 @@ class Config:
     sample_steps: int = 24  # refinement steps of a picture
     guidance: float = 2.0  # guidance scale; 1: none
     temperature: float = 6.0  # of the order of fixing codes; 0: greedy
-    eval_questions: int = 3000  # questions about each look, evenly over the kinds
-    eval_prompts: int = 240  # pictures drawn, evenly over the kinds
-    eval_masks: int = 100  # pictures of each look that are segmented
+    eval_questions: int = 3000  # questions about each look, evenly by kind
+    eval_prompts: int = 240  # pictures drawn, evenly by kind
+    eval_masks: int = 100  # pictures of each look to segment
     # the machine; from here on settings may change while a run goes on
     save_every: int = 100  # steps between checkpoints
     compile: bool = True  # compile the transformer block: starts later, runs faster
@@ -138,7 +138,7 @@ PRESETS = {
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
                   compile=False),
-    "tiny": {},  # the default on a CPU; the next one on a GPU
+    "tiny": {},  # the default on a CPU, the next on a GPU
     "base": dict(image_size=64, fsq_levels="8,8,8,5,5", tok_width=256, tok_depth=4,
                  tok_steps=8000, tok_batch=256, width=512, encoder_depth=6, depth=8, head_dim=64,
                  base_steps=20000, arm_steps=4000, vqa_batch=96, t2i_batch=128, arm_batch=48,
@@ -309,7 +309,7 @@ def normalize(question):
     """A question as the training texts put it: politeness, signs and case must not matter."""
     text = " ".join(question.lower().split())
     end = "." if text.endswith(".") and "?" not in text else "?"  # as in "list the objects."
-    for extra in (r"please", r"in (the|this) (image|picture|photo|scene)",
+    for extra in (r"please|kindly", r"in (the|this) (image|picture|photo(graph)?|scene)",
                   r"(answer|reply|respond)[^.?!]*\byes\b[^.?!]*\bno\b['\"]?"):
         text = re.sub(rf"\b({extra})(?!\w)", " ", text)
     text = re.sub(r"\bis there an\b", "is there a", re.sub(r"[?.!,;:\s]+", " ", text).strip())
@@ -1198,8 +1198,8 @@ def checked(text, room):
 
 def save_png(image, path):
     """Write (3, h, w), enlarged."""
-    if path.suffix.lower() != ".png":
-        raise UserError(f"a picture is written as PNG; got --out {path}; give it a name in .png")
+    if path.suffix.lower() != ".png" or Run(path.absolute().parent.parent).has("config.json"):
+        raise UserError(f"will not write {path}; give --out a .png outside of runs")
     picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.NEAREST)
     picture.save(out := io.BytesIO(), "PNG")
     Run(path.parent).write(path.name, out.getvalue())
@@ -1235,7 +1235,7 @@ class Parser(argparse.ArgumentParser):
 def parser():
     p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     verb = p.add_mutually_exclusive_group(required=True)
-    verb.add_argument("--train", action="store_true", help="train and compare, or go on with it")
+    verb.add_argument("--train", action="store_true", help="train and compare, or go on")
     verb.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question")
     verb.add_argument("--segment", metavar="IMAGE", help="draw the masks, or what --model draws")
     verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")

@@ -1,7 +1,4 @@
-"""The specification of sgt.py, eval.py and kernels.py, in the order of the files.
-
-Names are sentences; each docstring names the bug that the test would catch.
-"""
+"""The specification, in the order of the files. A docstring names the bug that is caught."""
 import argparse
 import dataclasses
 import functools
@@ -36,9 +33,9 @@ HERE = Path(__file__).parent
 SOURCE = (HERE / "sgt.py").read_text("utf-8").splitlines()
 CFG = Config(**{**PRESETS["smoke"], "seed": 3, "encoder_depth": 2, "depth": 2})
 DRAWN = [name for name, proxy in PROXIES.items() if proxy.target]
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
-torch.set_num_threads(1)  # as the runs of these tests: sums in another order are other bits
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
+torch.set_num_threads(1)  # sums in another order are other bits
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else off in the background
 
 @pytest.fixture
 def exact(monkeypatch):
@@ -70,7 +67,6 @@ def same(a, b):
         return torch.equal(a, b)
     return a is b if a is None else all(map(same, a, b))
 
-# ---- the code itself
 @pytest.mark.parametrize("name, lines, size", [
     ("sgt.py", 1300, 68000), ("eval.py", 500, 28000), ("kernels.py", 450, 24000),
     ("test_sgt.py", 900, 52000), ("README.md", 260, 18000)])
@@ -99,8 +95,9 @@ def test_the_readme_quotes_the_loss_as_it_is_and_kernels_stand_alone():
 # ---- 1. config
 @pytest.mark.parametrize("field, value", [
     ("image_size", 60), ("image_size", 24), ("patch", 0), ("fsq_levels", "8,x"), ("width", 100),
-    ("head_dim", 12), ("lr", math.nan), ("lr", 0.0), ("proxies", "none,sky"), ("proxies", ""),
-    ("proxies", "none,none"), ("arm_scenes", 1), ("seed", -1), ("seed", 2 ** 40), ("depth", "3")])
+    ("head_dim", 12), ("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("base_steps", -1),
+    ("depth", 0), ("proxies", "none,sky"), ("proxies", "none,none"), ("proxies", ""),
+    ("arm_scenes", 1), ("seed", -1), ("seed", 2 ** 40), ("depth", "3"), ("depth", 1.5)])
 def test_a_setting_that_cannot_work_is_refused_by_its_name(field, value):
     """A crash deep inside torch, an hour later."""
     for preset in PRESETS.values():
@@ -189,9 +186,11 @@ def test_questions_have_the_answers_that_a_person_gives():
         "is there a red circle?": "yes", "is there a blue circle?": "no",
         "how many objects?": "three", "how many red objects?": "two", "how many crosses?": "zero",
         "what color is the bar?": "blue", "what shape is the blue object?": "bar",
-        "where is the ring from the bar?": "above", "where is the circle from the ring?": "left",
+        "where is the ring from the bar?": "above", "where is the bar from the ring?": "below",
+        "where is the circle from the ring?": "left", "where is the ring from the circle?": "right",
         "where is the bar?": "bottom right", "where is the circle?": "top left",
         "is the circle bigger or smaller than the bar?": "smaller",
+        "is the bar bigger or smaller than the circle?": "bigger",
         "are there more red objects than bars?": "yes", "are there more bars than rings?": "no",
         "how many rings plus two?": "three", "how many red objects plus rings?": "three"}
     assert {question: asked.get(question) for question in truth} == truth
@@ -270,7 +269,8 @@ def test_targets_of_a_scene_made_by_hand():
     assert ring > big > small > target["depth"][0, 31, 0] > ground
     moved = scene._replace(things=[o._replace(x=o.x - o.y / 6) for o in scene.things])
     assert torch.allclose(target["novel_view"], sgt.render(CFG, [moved]).image[0], atol=1e-5)
-    assert target["edges"][0, 8, 8] == 0 and target["edges"][0, 16, x.min()] > 0.5
+    edges = target["edges"][0]
+    assert edges[2, 16] == edges[8, 8] == 0 and edges[16, x.min()] > 0.5 < edges[y.max(), 24]
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_arms_differ_in_the_target_alone_which_is_a_picture(name):
@@ -370,6 +370,7 @@ def test_the_picture_enters_a_drawing_through_the_vision_encoder_alone(exact, mo
     sgt.losses(model, tokenizer, batch)["proxy"].backward()
     sees = [p for name, p in model.named_parameters() if name.startswith(("stem", "encoder"))]
     assert len(sees) == 2 + 4 * CFG.encoder_depth and all(p.grad.abs().sum() > 0 for p in sees)
+    assert model.text_head.grad is None
     image, *rest = batch.proxy
     features = model.see(image).detach()
     monkeypatch.setattr(model, "see", lambda image: features)
@@ -462,7 +463,7 @@ def test_a_greedy_picture_is_that_of_a_loop_of_full_passes(guidance, looks, exac
     for step in range(1, 1 + steps):
         _, h = model(image, text, codes)
         _, empty = (None, h) if looks else model(image, torch.zeros_like(text), codes)
-        logits = (empty + guidance * (h - empty)) @ model.image_head.T  # a look is not guided
+        logits = (empty + guidance * (h - empty)) @ model.image_head.T
         sure, choice = logits.softmax(-1).max(-1)
         sure[codes < CFG.codebook] = math.inf
         codes = torch.where(codes < CFG.codebook, codes, choice)
@@ -516,7 +517,6 @@ def copied(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """Training without a report, for speed."""
     monkeypatch.setattr(evaluation, "evaluate", lambda run, device: None)
     monkeypatch.setattr(evaluation, "show", lambda run: "no report")
 
@@ -532,12 +532,12 @@ def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(t
     again = python(HERE / "sgt.py", *SMOKE, cwd=trained, PYTHONIOENCODING="ascii")
     assert again.returncode == 0 and not again.stderr and contents(run) == before
     assert before["report.md"].decode().encode("ascii", "replace").decode() in again.stdout
-    page = before["report.html"].decode()  # nothing from elsewhere, and no part forgotten
+    page = before["report.html"].decode()
     assert not re.search(r'<script|<link|src="(?!data:)|url\(|://', page)
     assert page.count("<svg") == 5 and page.count("<img") == 2 and page.count(" SGT |") == 5
 
-MICRO = [*SMOKE, "--tok-steps", "4", "--base-steps", "4", "--arm-steps", "3", "--save-every", "2",
-         "--proxies", "none,instance"]
+MICRO = [*SMOKE, "--tok-steps=4", "--base-steps=4", "--arm-steps=3", "--save-every=2",
+         "--proxies=none,instance"]
 
 def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
         tmp_path, monkeypatch, unmeasured):
@@ -556,7 +556,7 @@ def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
         return real(cfg, stage, step)
     monkeypatch.setattr(sgt, "make_batch", make_batch)
     assert [sgt.main(halves) for _ in range(4)] == [130] * 4 and not stops
-    (tmp_path / "b/log.jsonl").open("a").write('{"stage": "ba')  # what a crash left
+    (tmp_path / "b/log.jsonl").open("a").write('{"stage": "ba')
     assert sgt.main(halves) == 0
     a, b, c = (contents(tmp_path / name) for name in "abc")
     logs = [re.sub(rb', "seconds": [^}]*', b"", files.pop("log.jsonl")) for files in (a, b, c)]
@@ -593,7 +593,7 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
         for stage in ("tokenizer", "base", "none", "instance"):
             name = f"{stage}.safetensors"
             assert name not in ours or (ours[name] == theirs[name]) == (stage in equal)
-        if options == "--ratio 0":  # nothing is drawn: every arm is SFT
+        if options == "--ratio 0":
             assert ours["instance.safetensors"] == theirs["none.safetensors"]
 
 # ---- 10. commands
@@ -651,29 +651,30 @@ def test_the_lines_for_a_notebook_in_the_readme_run_as_written(copied):
     exec(re.sub(r'"scenes.*png"', '"red.png"', lines.replace("runs/tiny", "runs/smoke")), got := {})
     assert got["masks"].size == got["drawn"].size == (32, 32)
 
-def test_every_lab_of_the_readme_is_about_the_code_as_it_is_and_trains():
-    """A lab whose line is gone, or that crashes an hour later."""
+def test_every_lab_of_the_readme_can_be_done():
+    """A lab whose line is gone, or that crashes."""
     labs = (HERE / "README.md").read_text("utf-8").split("## Eight labs")[1].split("\n- **(")[1:]
     for lab in labs:
         text = "\n".join(SOURCE)
         for old, new in re.findall(r"`([^`]+)`\s→\s`([^`]+)`", lab):
             assert text.count(old) == 1, old
             text = text.replace(old, new)
-        exec(text, there := {"__name__": "sgt", "__file__": sgt.__file__})
-        tokenizer, model = there["VisionTokenizer"](CFG).eval(), there["UnifiedModel"](CFG)
-        arm, = set(there["PROXIES"]) - set(PROXIES) or {"instance"}
-        parts = there["losses"](model, tokenizer, there["make_batch"](CFG, arm, 0))
-        assert parts["loss"].isfinite()
+        exec(text, made := {"__name__": "sgt", "__file__": sgt.__file__})
+        tokenizer, model = made["VisionTokenizer"](CFG).eval(), made["UnifiedModel"](CFG)
+        arm, = set(made["PROXIES"]) - set(PROXIES) or {"instance"}
+        assert made["losses"](model, tokenizer, made["make_batch"](CFG, arm, 0))["loss"].isfinite()
     assert len(labs) == 8
 
-@pytest.mark.parametrize("line", [
-    "", "--trian", "--train --base-step 3", "--train --lr nan", "--train --depth -1",
-    "--train --preset huge", "--train --run red.png/x", "--train --preset smoke --depth 3",
-    "--train --run notes/../red.png", "--train --model none", "--train --ratio 0.05", "--segment",
-    "--train --device tpu", "--ask red.png", "--ask no.png what?", "--ask notes what?",
-    "--ask junk.png what?", "--ask red.png what? --image-size 64", "--generate=",
-    "--segment red.png --model sky", "--generate ring extra", "--generate ring --out .",
-    "--generate ring --run none", "--generate ring --out a.txt", "--generate ring --guidance -1"])
+@pytest.mark.parametrize("line", re.split(r";\s*", """; --trian; --train --base-step 3;
+--train --lr nan; --train --depth -1; --train --preset huge; --train --run red.png/x;
+--train --preset smoke --depth 3; --train --run notes/../red.png; --train --model none;
+--train --ratio 0.05; --segment; --train --device tpu; --ask red.png; --ask no.png what?;
+--ask notes what?; --ask junk.png what?; --ask red.png what? --image-size 64; --generate=;
+--segment red.png --model sky; --generate ring extra; --generate ring --out .;
+--generate ring --run none; --generate ring --out a.txt; --generate ring --guidance -1;
+--train --generate ring; --train --lr fast; --train --preset=; --train --run .; --train --run=;
+--train --proxies none,sky; --ask red.png ?; --segment=; --generate ring --seed 1e3;
+--generate ring --image-size 64; --generate ring --out runs/smoke/samples/prompts.png"""))
 def test_a_mistake_is_one_line_and_changes_nothing(line, copied, capsys, monkeypatch):
     """A traceback; a half-written file; a run with other settings than it says."""
     monkeypatch.setattr(sgt, "train_stage", None)
@@ -760,7 +761,7 @@ def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, cap
     """A mean over runs with other settings, or one run twice; a report that depends on chance."""
     other = shutil.copytree(copied, copied.parent / "other") / "report.json"
     report, before = json.loads(other.read_text()), other.read_bytes()
-    (copied / "report.json").unlink()  # it is made again, to the byte
+    (copied / "report.json").unlink()
     assert sgt.main(SMOKE) == 0 and (copied / "report.json").read_bytes() == before
     report["config"]["seed"] = 1
     report["models"]["instance"]["textured - SFT"] = [7.0, 1.0]
@@ -827,7 +828,7 @@ def test_the_optimizer_is_muon_for_each_matrix_and_adamw_for_the_rest(exact):
             x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
         w -= 0.01 * max(1, len(w) / w.shape[1]) ** 0.5 * x
     for step in range(4):
-        if step == 2:  # as after an interruption
+        if step == 2:
             saved = optimizer.state_dict()
             optimizer = kernels.Optimizer(module, 0.02, 0.02)
             optimizer.load_state_dict(saved)
@@ -855,7 +856,6 @@ def test_the_compiled_block_is_the_block_for_every_length(exact, monkeypatch, ca
         assert torch.allclose(plain, compiled, atol=1e-4, rtol=1e-3)
     assert "not compiled" not in capsys.readouterr().out
 
-# ---- hostile inputs
 TYPED = ["", "-1", "nan", "1e400", "x", "9" * 30, "--", "\0", "💥", "../..", "[" * 5000]
 EDITED = [None, [], {}, "x", -1, 0.5, True, "", 1e308, [[]], "3"]
 
