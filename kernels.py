@@ -3,18 +3,17 @@
     python kernels.py --check      # every backend against float64: values, gradients, leaks
     python kernels.py --bench      # attention against PyTorch's own, as ratios
 
-Row i attends to the columns [0, sees[i]): one integer per row is the whole mask. It is a staircase:
-`sees` does not fall from row to row.
+Row i attends to the columns [0, sees[i]): a staircase, as `sees` never falls from row to row.
 SGT_KERNELS=NAME picks a backend, SGT_BF16=0 or 1 the precision; SGT_GRAPHS=0: no CUDA graphs.
 Letters: B batch, H heads, S query rows, L key columns, D head dimension.
 """
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import os
 import sys
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -56,12 +55,11 @@ def compiled(function, dynamic=True):
     """torch.compile for all sizes or, where that fails, the function itself and one line why."""
     torch._dynamo.config.recompile_limit = 64  # sizes of 1 and no_grad are versions of their own
     chosen = torch.compile(function, dynamic=dynamic)
-
     def run(*args):
         nonlocal chosen
         try:
             return chosen(*args)
-        except Exception as e:  # no compiler, for one: torch raises many kinds
+        except Exception as e:  # torch raises many kinds
             if chosen is function or isinstance(e, torch.OutOfMemoryError):
                 raise
             print(f"not compiled ({' '.join(repr(e).split()):.120}); running eagerly")
@@ -97,8 +95,8 @@ def attention_reference(q, k, v, sees):
     return weights @ v, weights
 
 class BmmAttention(torch.autograd.Function):
-    """For CPUs: the weights are kept for the backward pass. PyTorch's kernel computes them again to
-    save memory, which for a few hundred columns takes several times as long."""
+    """For CPUs: the weights are kept for the backward pass. PyTorch computes them again to save
+    memory, which for a few hundred columns takes several times as long."""
     @staticmethod
     def forward(ctx, q, k, v, sees):
         out, weights = attention_reference(q, k, v, sees)
@@ -125,38 +123,32 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python
 jit = triton.jit if triton else lambda kernel: kernel
 
 @jit
-def load(base, head, rows, end, D: tl.constexpr):
-    """Rows of one head of a tensor (B * H, end, D); zeros from `end` on."""
-    at = (head * end + rows[:, None]) * D + tl.arange(0, D)[None, :]
-    return tl.load(base + at, mask=(rows < end)[:, None], other=0.0)
+def place(head, rows, end, H, D: tl.constexpr):
+    """Where rows of a head lie in a tensor (B, end, H, D), as projections leave it."""
+    return ((head // H * end + rows[:, None]) * H + head % H) * D + tl.arange(0, D)[None, :]
 
 @jit
-def store(base, head, rows, end, D: tl.constexpr, x):
-    at = (head * end + rows[:, None]) * D + tl.arange(0, D)[None, :]
-    tl.store(base + at, x, mask=(rows < end)[:, None])
+def load(base, head, rows, end, H, D: tl.constexpr):
+    return tl.load(base + place(head, rows, end, H, D), mask=(rows < end)[:, None], other=0.0)
 
 @jit
 def dot(a, b):
     return tl.dot(a, b, input_precision="ieee")  # fp32 stays exact: no TF32
 
 @jit
-def log2_score(a, b, D: tl.constexpr):
-    return dot(a, tl.trans(b)) * (1.4426950408889634 * D ** -0.5)  # log2(e), for exp2
-
-@jit
-def forward_kernel(Q, K, V, O, LSE, BOUND, bound_stride, S, L, H,
+def forward_kernel(Q, K, V, O, LSE, SEES, sees_stride, S, L, H, log2_scale,
                    D: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr):
     """BX rows of a head: a running softmax over tiles of BY columns (FlashAttention-2)."""
-    head = tl.program_id(0).to(tl.int64)  # a tensor may have more than 2**31 numbers
+    head = tl.program_id(0).to(tl.int64)  # for tensors of more than 2**31 numbers
     r = tl.program_id(1) * BX + tl.arange(0, BX)
-    sees = tl.load(BOUND + head // H * bound_stride + r, mask=r < S, other=0)
-    q = load(Q, head, r, S, D)
+    sees = tl.minimum(tl.load(SEES + head // H * sees_stride + r, mask=r < S, other=0), L)
+    q = load(Q, head, r, S, H, D)
     acc, total = tl.zeros([BX, D], tl.float32), tl.zeros([BX], tl.float32)
     top = tl.full([BX], -1e29, tl.float32)  # above a masked score
     for n in tl.range(0, tl.max(sees), BY):
         c = n + tl.arange(0, BY)
-        k, v = load(K, head, c, L, D), load(V, head, c, L, D)
-        score = log2_score(q, k, D)  # (BX, BY)
+        k, v = load(K, head, c, L, H, D), load(V, head, c, L, H, D)
+        score = dot(q, tl.trans(k)) * log2_scale  # (BX, BY)
         score = tl.where(c[None, :] < sees[:, None], score, -1e30)
         higher = tl.maximum(top, tl.max(score, 1))
         p = tl.exp2(score - higher[:, None])
@@ -165,67 +157,77 @@ def forward_kernel(Q, K, V, O, LSE, BOUND, bound_stride, S, L, H,
         acc = acc * shrink[:, None] + dot(p.to(v.dtype), v)
         top = higher
     total = tl.maximum(total, 1.0)  # 0 where a row sees nothing
-    store(O, head, r, S, D, acc / total[:, None])
+    tl.store(O + place(head, r, S, H, D), acc / total[:, None], mask=(r < S)[:, None])
     tl.store(LSE + head * S + r, top + tl.log2(total), mask=r < S)
 
 @jit
-def backward_kernel(X1, X2, Y1, Y2, GX1, GX2, LSE, DELTA, BOUND, bound_stride, S, L, H,
-                    D: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, ROWS: tl.constexpr):
-    """With ROWS: X = q and g, the gradient of the output; Y = k and v; GX1 = dq, GX2 is not used.
+def backward_kernel(X1, X2, Y1, Y2, GX1, GX2, LSE, DELTA, SEES, sees_stride, S, L, H, log2_scale,
+                    D: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
+                    ROWS: tl.constexpr, MANY: tl.constexpr):
+    """With ROWS: X = q and g, the gradient of the output; Y = k and v; GX1 = dq, GX2 = the output.
     Else: X = k and v; Y = q and g; GX1 = dk, GX2 = dv. Both compute p: one kernel would have to
     add up dq by atomics, in no fixed order."""
     head = tl.program_id(0).to(tl.int64)
     x = tl.program_id(1) * BX + tl.arange(0, BX)
     x_end, y_end = (S, L) if ROWS else (L, S)
-    # A row sees the columns before its bound; a column is seen by the rows from its bound on.
-    bound = tl.load(BOUND + head // H * bound_stride + x, mask=x < x_end, other=0 if ROWS else S)
-    begin, end = (0, tl.max(bound)) if ROWS else (tl.min(bound), S)
-    x1, x2 = load(X1, head, x, x_end, D), load(X2, head, x, x_end, D)
+    SEES, at = SEES + head // H * sees_stride, head * S
+    x1, x2 = load(X1, head, x, x_end, H, D), load(X2, head, x, x_end, H, D)
     d1, d2 = tl.zeros([BX, D], tl.float32), tl.zeros([BX, D], tl.float32)
+    if ROWS:
+        bound = tl.load(SEES + x, mask=x < S, other=0)[:, None]
+        begin, end = 0, tl.minimum(tl.max(bound), L)
+        lse = tl.load(LSE + at + x, mask=x < S, other=0.0)[:, None]
+        # fp32: it nearly cancels
+        delta = tl.sum(load(GX2, head, x, S, H, D) * x2.to(tl.float32), 1, keep_dims=True)
+        tl.store(DELTA + at + x[:, None], delta, mask=x[:, None] < S)
+    else:  # `sees` does not fall: all rows from some row on see a column
+        row = tl.arange(0, MANY)
+        before = tl.load(SEES + row, mask=row < S, other=L) <= tl.min(x)
+        begin, end = tl.sum(before.to(tl.int32)), S
     for n in tl.range(begin, end, BY):
         y = n + tl.arange(0, BY)
-        y1, y2 = load(Y1, head, y, y_end, D), load(Y2, head, y, y_end, D)
-        r = x[:, None] if ROWS else y[None, :]
-        lse = tl.load(LSE + head * S + r, mask=r < S, other=0.0)
-        delta = tl.load(DELTA + head * S + r, mask=r < S, other=0.0)
-        p = tl.exp2(log2_score(x1, y1, D) - lse)  # (BX, BY)
-        p = tl.where((y[None, :] < bound[:, None]) == ROWS, p, 0.0)
+        y1, y2 = load(Y1, head, y, y_end, H, D), load(Y2, head, y, y_end, H, D)
+        if not ROWS:
+            bound = tl.load(SEES + y, mask=y < S, other=0)[None, :]
+            lse = tl.load(LSE + at + y, mask=y < S, other=0.0)[None, :]
+            delta = tl.load(DELTA + at + y, mask=y < S, other=0.0)[None, :]
+        p = tl.exp2(dot(x1, tl.trans(y1)) * log2_scale - lse)  # (BX, BY)
+        p = tl.where((y[None, :] if ROWS else x[:, None]) < bound, p, 0.0)
         ds = p * (dot(x2, tl.trans(y2)) - delta)
         d1 += dot(ds.to(y1.dtype), y1)
         if not ROWS:
             d2 += dot(p.to(y2.dtype), y2)
-    store(GX1, head, x, x_end, D, d1 * D ** -0.5)
+    to, there = place(head, x, x_end, H, D), (x < x_end)[:, None]
+    tl.store(GX1 + to, d1 * D ** -0.5, mask=there)
     if not ROWS:
-        store(GX2, head, x, x_end, D, d2)
+        tl.store(GX2 + to, d2, mask=there)
 
-def launch(kernel, tensors, bound, q, k, **flags):
-    """Run a kernel on tiles of the rows or columns that have a bound, for every head."""
-    B, H, S, D = q.shape
-    # Larger fp32 tiles spill registers or do not fit.
-    BX, BY = (32, 32) if q.dtype == torch.float32 else (128, 64)
-    bound = bound.int().expand(B, -1)
-    # Heads are the first axis of the grid, because the second ends at 65,535.
-    kernel[B * H, triton.cdiv(bound.shape[1], BX)](
-        *tensors, bound, bound.stride(0), S, k.shape[2], H, D=D, BX=BX, BY=BY, **flags)
+def launch(kernel, tensors, sees, q, k, BX, num_warps, **flags):
+    """Run a kernel on tiles of BX rows, or columns, of every head."""
+    (B, S, H, D), L, BY, sees = q.shape, k.shape[1], 64, sees.int().expand(len(q), -1)
+    if q.dtype == torch.float32:
+        BX = BY = 32  # larger tiles do not fit
+    # Heads come first: the second axis of a grid ends at 65,535.
+    kernel[B * H, triton.cdiv(S if flags.get("ROWS", True) else L, BX)](
+        *tensors, sees, sees.stride(0), S, L, H, D ** -0.5 * 1.4426950408889634,  # log2(e)
+        D=D, BX=BX, BY=BY, num_warps=num_warps, **flags)
 
-# Operators of their own, so that torch.compile calls them without looking inside.
+# Operators of their own: torch.compile does not look inside. Tiles: the fastest of 17 on an H100.
 @torch.library.custom_op("sgt::attention_forward", mutates_args=())
 def triton_forward(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> list[Tensor]:
-    """The output (B, H, S, D) and the base-2 log-sum-exp of every row (B, H, S)."""
+    """The output, and the base-2 log-sum-exp of every row: it lies as (B, H, S)."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    launch(forward_kernel, (q, k, v, out, lse), sees.clamp(max=k.shape[2]), q, k, num_warps=4)
+    launch(forward_kernel, (q, k, v, out, lse), sees, q, k, 128, 4)
     return [out, lse]
 
 @torch.library.custom_op("sgt::attention_backward", mutates_args=())
 def triton_backward(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, out: Tensor, lse: Tensor,
                     g: Tensor) -> list[Tensor]:
-    dq, dk, dv = map(torch.empty_like, (q, k, v))
-    delta = (out.float() * g).sum(-1)  # (B, H, S), in fp32: it nearly cancels
-    sees, columns = sees.clamp(max=k.shape[2]), torch.arange(k.shape[2], device=k.device)
-    # The transpose of a staircase is one integer per column: the first row that sees it.
-    first = torch.searchsorted(sees, columns.expand(*sees.shape[:-1], -1).contiguous(), right=True)
-    launch(backward_kernel, (q, g, k, v, dq, dq, lse, delta), sees, q, k, num_warps=8, ROWS=True)
-    launch(backward_kernel, (k, v, q, g, dk, dv, lse, delta), first, q, k, num_warps=8, ROWS=False)
+    dq, dk, dv, delta = map(torch.empty_like, (q, k, v, lse))
+    rows, columns = (q, g, k, v, dq, out, lse, delta), (k, v, q, g, dk, dv, lse, delta)
+    many = triton.next_power_of_2(q.shape[1])
+    launch(backward_kernel, rows, sees, q, k, 128, 8, ROWS=True, MANY=many)
+    launch(backward_kernel, columns, sees, q, k, 64, 4, ROWS=False, MANY=many)
     return [dq, dk, dv]
 
 triton_forward.register_fake(
@@ -235,11 +237,15 @@ triton_forward.register_autograd(
     lambda ctx, grads: (*triton_backward(*ctx.saved_tensors, grads[0].contiguous()), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
 
+def attention_triton(q, k, v, sees):
+    rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]  # (B, S, H, D)
+    return triton_forward(*rows, sees)[0].transpose(1, 2)
+
 # ==== 5. Choice of a backend
 BACKENDS = {"reference": lambda *args: attention_reference(*args)[0],
             "bmm": BmmAttention.apply, "sdpa": attention_sdpa}
 if triton and (torch.cuda.is_available() or INTERPRETED):
-    BACKENDS["triton"] = lambda *args: triton_forward(*(x.contiguous() for x in args))[0]
+    BACKENDS["triton"] = attention_triton
 if CHOSEN and CHOSEN not in BACKENDS:
     refuse(f"no Triton or no GPU here; got SGT_KERNELS={CHOSEN}; choose {', '.join(BACKENDS)}")
 
@@ -250,7 +256,6 @@ def errors(name, sees, D, device, dtype):
     generator = torch.Generator().manual_seed(L)
     numbers = torch.randn(4, 2, 2, max(S, L), D, generator=generator).to(device, dtype)
     q, grad, k, v = *numbers[:2, ..., :S, :], *numbers[2:, ..., :L, :]
-
     def run(name, *qkv):
         inputs = [x.detach().requires_grad_() for x in qkv]
         out = BACKENDS[name](*inputs, sees)
@@ -269,30 +274,30 @@ def errors(name, sees, D, device, dtype):
 @torch.compiler.assume_constant_result  # torch.compile calls it without looking inside
 def triton_is_right(*case, known={}):
     """Is Triton right on this GPU, for a D, device and dtype? It may never have been tested."""
-    if case not in known:
-        try:
-            with torch.enable_grad():
-                worst = errors("triton", F.pad(staircase(60, 40, 47), (3, 0)), *case).max()
-            why = "" if worst <= 0.01 else f"relative error {worst:.1e}"
-        except Exception as e:  # where it does not compile, Triton raises many kinds
-            torch.use_deterministic_algorithms(False)
-            why = " ".join(repr(e).split())
-        if why:
-            print(f"Triton is off on this GPU ({why:.120}); attention is PyTorch's")
-        known[case] = not why
-    return known[case]
+    if case in known:
+        return known[case]
+    try:
+        with torch.enable_grad():
+            worst = errors("triton", F.pad(staircase(60, 40, 47), (3, 0)), *case).max()
+        why = "" if worst <= 0.01 else f"relative error {worst:.1e}"
+    except Exception as e:  # where it does not compile, Triton raises many kinds
+        torch.use_deterministic_algorithms(False)
+        why = " ".join(repr(e).split())
+    if why:
+        print(f"Triton is off on this GPU ({why:.120}); attention is PyTorch's")
+    return known.setdefault(case, not why)
 
-def attention(q, k, v, sees, backend=""):
+def attention(q, k, v, sees):
     """Row i attends to the columns [0, sees[i]): q (B, H, S, D); k, v (B, H, L, D) -> (B, H, S, D).
-    `sees` is (S,) or (B, S), int32 or int64; `backend` a name in BACKENDS, else the fastest."""
+    `sees` is (S,) or (B, S), int32 or int64."""
     fastest = "bmm" if q.device.type == "cpu" else "sdpa"
-    # Few rows, as in decoding, leave a tile empty; exact fp32 products use no tensor cores; heads
-    # of 128 do not fit every GPU. The loop makes D the constant that torch.compile asks for.
+    # Few rows, as in decoding, leave tiles empty; exact fp32 is slow; heads of 128 do not fit
+    # every GPU. The loop makes D the constant that torch.compile asks for.
     if q.is_cuda and triton and q.shape[2] >= 16 and q.dtype.itemsize == 2:
         for D in (16, 32, 64):
             if q.shape[3] == D and triton_is_right(D, q.device, q.dtype):
                 fastest = "triton"
-    return BACKENDS[backend or CHOSEN or fastest](q, k, v, sees)
+    return BACKENDS[CHOSEN or fastest](q, k, v, sees)
 
 # ==== 6. KV cache and CUDA graphs
 class KVCache(NamedTuple):
@@ -311,11 +316,10 @@ class KVCache(NamedTuple):
         return self.k[:, :, :end], self.v[:, :, :end]
 
 class GraphedStep:
-    """A function of (nested) tensors, recorded as a CUDA graph and then replayed: one launch in
-    place of thousands, for a training step or all refinement steps of a picture. Elsewhere it is
-    a plain call; so are the first three of given shapes, because compiling cannot be recorded.
-    Inputs that vary, the learning rate too, must be tensors that are passed; nothing inside may
-    ask the GPU for a value; weights stay in place. Each call overwrites the last one's results."""
+    """A function of (nested) tensors, recorded as a CUDA graph and replayed: one launch in place of
+    thousands. Elsewhere a plain call; so are the first three of given shapes, because compiling
+    cannot be recorded. Whatever varies, the learning rate too, must be a tensor that is passed;
+    nothing inside may ask the GPU for a value. Each call overwrites the last one's results."""
     def __init__(self, function):
         self.function, self.calls, self.graphs = function, {}, {}
 
@@ -327,17 +331,12 @@ class GraphedStep:
         key = spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
-            side = torch.cuda.Stream()  # PyTorch asks for one before recording
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                out = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            return out
+            return self.function(*inputs)
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             places = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            try:
-                with torch.cuda.graph(graph):
+            try:  # thread_local: other threads may prepare the next batch meanwhile
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     out = self.function(*tree_unflatten(places, spec))
             except RuntimeError as e:  # something cannot be recorded: only plain calls from now on
                 print(f"no CUDA graph ({' '.join(str(e).split()):.120}); launching every kernel")
@@ -395,6 +394,7 @@ class Optimizer(torch.optim.Optimizer):
 # ==== 8. Commands
 def check(device):
     """Print the worst errors of every backend; 1 if one is bad."""
+    warnings.simplefilter("ignore")  # PyTorch's about its own kernels
     cases = [(staircase(5, 3, 9), 16), (staircase(40, 70, 33), 64),
              (staircase(40, 70, 33)[60:].int(), 32),  # few rows, as with a KV cache
              (F.pad(staircase(60, 30, 130), (4, 0)), 32),  # 4 rows see nothing
@@ -415,17 +415,17 @@ def bench(device, turns=10):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     gpu = device.type == "cuda"
-    B, H, D, blocks = (128, 8, 64, (256, 64, 256)) if gpu else (32, 4, 32, (16, 24, 64))
+    B, H, D, blocks = (512, 8, 64, (256, 64, 256)) if gpu else (32, 4, 32, (16, 24, 64))
     sees, S = staircase(*blocks).to(device), sum(blocks)
     numbers = torch.randn(4, B, S, H, D, device=device, dtype=compute_dtype(device))
     *inputs, grad = numbers.transpose(2, 3).requires_grad_().unbind()
-    sdpa = functools.partial(F.scaled_dot_product_attention, attn_mask=may_attend(sees, S))
+    sdpa = lambda *qkv, m=may_attend(sees, S)[None]: F.scaled_dot_product_attention(*qkv, m)
     attend = {"ours": compiled(lambda *qkv: attention(*qkv, sees), dynamic=False), "SDPA": sdpa}
     if gpu:  # FlexAttention has no backward on a CPU
         mask = create_block_mask(lambda b, h, i, j: j < sees[i], None, None, S, S, device=device)
-        attend["Flex"] = functools.partial(torch.compile(flex_attention), block_mask=mask)
-        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-        attend["cuDNN"] = sdpa_kernel(backends, set_priority=True)(sdpa)
+        flex = torch.compile(flex_attention)
+        attend |= {"Flex": lambda *qkv: flex(*qkv, block_mask=mask),
+                   "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa)}
     print(f"{device.type}, {grad.dtype}, B {B}, H {H}, S {S}, D {D}")
     whole = lambda f: torch.autograd.grad(f(*inputs), inputs, grad)
     for title, run in [("forward", lambda f: f(*inputs)), ("forward + backward", whole)]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -43,7 +44,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from kernels import GraphedStep, KVCache, Optimizer, attention, compiled, compute_dtype
@@ -52,10 +54,9 @@ class UserError(Exception):
     """A mistake of the user: printed as one line, exit code 2."""
 
 # ==== 1. Config
-
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting. The comment behind a field is its --help text; presets are dicts over it."""
+    """Every setting; the comment behind it is its --help text. Presets are dicts over it."""
     seed: int = 0  # everything random derives from it
     image_size: int = 32  # P, pixels a side
     # the vision tokenizer
@@ -139,14 +140,12 @@ PRESETS = {
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
                   compile=False),
     "tiny": {},  # the default on a CPU, the next on a GPU
-    "base": dict(image_size=64, fsq_levels="8,8,8,5,5", tok_width=256, tok_depth=4,
-                 tok_steps=8000, tok_batch=256, width=512, encoder_depth=6, depth=8, head_dim=64,
-                 base_steps=20000, arm_steps=4000, vqa_batch=96, t2i_batch=128, arm_batch=48,
-                 adam_lr=0.004, eval_prompts=1200),
+    "base": dict(image_size=64, tok_width=256, tok_depth=4, tok_steps=2000, tok_batch=128,
+                 width=512, encoder_depth=6, depth=8, head_dim=64, base_steps=5000, arm_steps=1000,
+                 vqa_batch=64, t2i_batch=64, arm_batch=24, adam_lr=0.004),
 }
 
 # ==== 2. Scenes: the data, rendered
-
 # Signed distance to the outline of a shape of radius 1, < 0 inside; y points down.
 SHAPES = {
     "circle": lambda x, y: torch.hypot(x, y) - 0.95,
@@ -222,8 +221,7 @@ def sample_scene(cfg, key, overlapping):
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
     return Scene(key, things, rng.randrange(len(BACKGROUNDS)))
 
-# Share of textured scenes by use: what proxies look at, "masks", has both looks.
-# The tokenizer is trained on "pictures" and "masks".
+# Share of textured scenes by use. Proxies look at "masks", the tokenizer also at "pictures".
 TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
 
 def sample(cfg, split, numbers, use):
@@ -239,7 +237,7 @@ def waves(cfg, scene, strength=0.28, noise=0.06):
     frequency = 2 * np.pi / rng.uniform(2.5, 10.5, shape)  # in radians a pixel
     color = rng.normal(size=(*shape, 3))
     color = 0.5 * color / np.linalg.norm(color, axis=-1, keepdims=True)
-    color += 0.35 * rng.choice([-1, 1], (*shape, 1))  # light and dark, in all channels
+    color += 0.35 * rng.choice([-1, 1], (*shape, 1))  # light and dark
     pixel = np.arange(cfg.image_size) + 0.5
     x, y = frequency * np.cos(angle), frequency * np.sin(angle)  # (1 + M, 3 waves)
     lines = (x[..., None, None] * pixel + y[..., None, None] * pixel[:, None]
@@ -280,7 +278,6 @@ def render(cfg, scenes, shift=0.0):
     return Rendered(image.clamp(0, 1), instance)
 
 # ==== 3. Language: words, captions, questions
-
 NUMBERS = "zero one two three four five six seven eight".split()
 
 def plural(word):
@@ -306,7 +303,7 @@ def decode(ids):
     return re.sub(r" ([?.,])", r"\1", " ".join(words))
 
 def normalize(question):
-    """A question as the training texts put it: politeness, signs and case must not matter."""
+    """A question as the training texts put it: manners, signs and case do not matter."""
     text = " ".join(question.lower().split())
     end = "." if text.endswith(".") and "?" not in text else "?"  # as in "list the objects."
     for extra in (r"please|kindly", r"in (the|this) (image|picture|photo(graph)?|scene)",
@@ -393,13 +390,13 @@ def groups(things, rng):
     return list(found.items())
 
 def pairs(things):
-    """Two things that can be told apart, and what to call them: (a, b, "the ring", "the bar")."""
+    """Two things that can be told apart, with names: (a, b, "the ring", "the bar")."""
     both = itertools.permutations(named(things), 2)
     return [(a, b, f"the {x}", f"the {y}") for (a, x), (b, y) in both]
 
 def existence(things, rng, P):
     present = {noun(o) for o in things}
-    # hard negatives: a color and a shape that are there, but not together; else one of them
+    # hard negatives: a color and a shape that are there, but not together
     absent = {noun(o._replace(shape=p.shape)) for o in things for p in things} - present
     if not absent or rng.random() < 0.3:
         o = rng.choice(things)
@@ -457,7 +454,7 @@ def dialogue(cfg, scene):
     last = "list the objects.", describe(scene.things, rng, P)
     free = TEXT_LEN - length(last)
     for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)):
-        turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # 6: the shortest turn
+        turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # the shortest turn
         if turn and length(turn) <= free:
             turns.append(turn)
             free -= length(turn)
@@ -468,7 +465,6 @@ def dialogue(cfg, scene):
     return ids, answers
 
 # ==== 4. Proxies: what the model may be asked to draw of a picture that it looks at
-
 # Well-separated colors; 0 is the background.
 PALETTE = torch.tensor([
     (0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), (250, 225, 25), (235, 60, 230),
@@ -525,7 +521,7 @@ def referring(cfg, scenes, r):
     return paint(r.instance, PALETTE[white.long()])
 
 def depth(cfg, scenes, r):
-    """White is near: objects that are lower in the picture, and the table below them."""
+    """White is near: what is lower in the picture."""
     P = cfg.image_size
     near = per_object(scenes, lambda scene, o: 0.3 + 0.6 * o.y / P + 0.02 * o.index)
     ground = 0.3 * (torch.arange(P) + 0.5) / P  # from top to bottom
@@ -604,13 +600,12 @@ def draw_proxy(cfg, name, scenes):
 # └─
 
 # ==== 5. Transformer
-
 def linear(x, weight):
     """x (..., in) times a weight (out, in) that is kept in fp32 and used in x's precision."""
     return F.linear(x, weight.to(x.dtype))
 
 def norm(x):
-    return F.rms_norm(x, (x.shape[-1],))  # no learned scale: the next matrix can absorb one
+    return F.rms_norm(x, (x.shape[-1],))  # the next matrix can absorb a scale
 
 def matrix(*shape, gain=1.0):
     """A weight (..., out, in), for Muon, whose outputs have about the variance of its inputs."""
@@ -639,7 +634,7 @@ def grid_positions(G):
 
 class Block(nn.Module):
     """Pre-norm transformer block: normalized queries and keys, a squared-ReLU MLP, no biases."""
-    fast = None  # forward, compiled: for training; sampling stays eager, its shapes change
+    fast = None  # forward, compiled, for training; in sampling shapes change
 
     def __init__(self, width, head_dim):
         super().__init__()
@@ -654,7 +649,7 @@ class Block(nn.Module):
         rows stand in columns [at, at + S), behind those that it holds."""
         B, S, D = x.shape
         qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, D/H) each
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, S, D/H) each
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.put(k, v, at)  # (B, H, L, D/H)
@@ -666,7 +661,7 @@ def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
     """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given;
     sees (S,) or, with a column `at` per sample, (B, S). By default all rows see all rows."""
     S, dtype = x.shape[1], compute_dtype(x.device)
-    if sees is None and torch.is_grad_enabled():  # without gradients PyTorch's kernel is faster
+    if sees is None and torch.is_grad_enabled():  # else PyTorch's kernel is faster
         sees = torch.full((S,), S, dtype=torch.int32, device=x.device)
     x = x.to(dtype)
     for i, block in enumerate(blocks):
@@ -690,11 +685,11 @@ class Stem(nn.Module):
         """image (B, 3, P, P) in [0, 1] -> (B, patches, width)."""
         p, k = self.patch, self.reach * self.patch
         padded = F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate")
-        windows = F.unfold(padded, k, stride=p).transpose(1, 2).contiguous()  # (B, patches, 3kk)
+        windows = padded.unfold(2, k, p).unfold(3, k, p)  # (B, 3, rows, columns, k, k)
+        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, patches, 3kk)
         return norm(linear(F.gelu(linear(windows, self.stem_in)), self.stem_out))
 
 # ==== 6. Vision tokenizer: picture <-> codes
-
 class VisionTokenizer(nn.Module):
     """Autoencoder with finite scalar quantization (FSQ, arXiv 2309.15505): a few bounded channels,
     each rounded to a few levels. The encoder sees one patch, so that equal patches get equal codes,
@@ -755,7 +750,6 @@ class VisionTokenizer(nn.Module):
         return self.reconstruct((digits + 0.5) / (self.levels / 2) - 1).clamp(0, 1)
 
 # ==== 7. SGT: model, losses, arms
-
 # ┌─ SGT, 3 of 3
 # Three layouts of fixed lengths; a sample has one of them:
 #
@@ -768,7 +762,7 @@ class VisionTokenizer(nn.Module):
 # patches alone: what the visible codes of the target leave open, the vision encoder must tell.
 
 class UnifiedModel(nn.Module):
-    """A vision encoder, a transformer over patches, text and codes, a text and an image head."""
+    """A vision encoder, one transformer for everything, a text and an image head."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, D, V, K = cfg, cfg.width, len(WORDS), cfg.codebook
@@ -869,7 +863,7 @@ def make_arm(cfg, base):
 # Batches are functions of (stage, step) alone: a resumed run sees what it would have seen.
 
 def pad(rows, length, value=PAD):
-    """Lists of ids -> (B, length), padded behind. The padding of prompts is seen, and harmless."""
+    """Lists of ids -> (B, length). The padding of prompts is seen, and harmless."""
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 def question_batch(cfg, split, step, n):
@@ -916,7 +910,6 @@ def make_batch(cfg, stage, step):
                  caption_batch(cfg, "arm", step, cfg.arm_batch), proxy)
 
 # ==== 8. Sampling: answers and pictures
-
 def prefill(model, image, text, room):
     """Run [patches] [text] once -> hidden states (B, S, D), KV caches with room for more columns:
     these rows never see what follows, so their keys and values stay valid."""
@@ -937,7 +930,7 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
     for step in range(steps):
         x, positions = model.embed_codes(codes.repeat(len(text) // B, 1))
         h = norm(run_blocks(model.blocks, norm(x), positions, None, caches, at))
-        if len(text) > B:  # the head is linear: guiding its input guides the logits, for half
+        if len(text) > B:  # guiding the input of a linear head guides its logits
             conditional, empty = h.chunk(2)
             h = empty + guidance * (conditional - empty)
         logits = linear(h, model.image_head).float()  # (B, N, K)
@@ -949,7 +942,7 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
         confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
         confidence = confidence + temperature * (1 - ratio) * noise[step, 1]
         is_masked = codes == MASK  # (B, N)
-        confidence = confidence.masked_fill(~is_masked, math.inf)  # what was kept stays kept
+        confidence = confidence.masked_fill(~is_masked, math.inf)  # kept stays kept
         codes = torch.where(is_masked, choice, codes)
         still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)  # so many stay masked
         if still:
@@ -976,7 +969,7 @@ def generate(model, tokenizer, texts, image=None, seed=0):
 
 @torch.no_grad()
 def answer(model, image, questions, limit=24):
-    """Greedy answers to one question about each image (B, 3, P, P), word by word."""
+    """Greedy answers to one question about each image (B, 3, P, P)."""
     device, U = model.word.device, model.cfg.patches
     texts = [encode(question) for question in questions]
     longest = max(map(len, texts))
@@ -997,7 +990,6 @@ def answer(model, image, questions, limit=24):
     return [decode(row) for row in words[:, 1:].tolist()]
 
 # ==== 9. Training: one loop, the run folder
-
 def one_line(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
@@ -1032,7 +1024,7 @@ class Run:
         return cfg
 
     def open(self, cfg):
-        """Claim the folder for a configuration; one that holds anything else stays as it is."""
+        """Claim the folder for these settings, if it is empty or has them."""
         if self.has("config.json"):
             there, now = vars(self.config()), vars(cfg)
             others = [f"{name} ({there[name]} there, {now[name]} now)" for name in NAMES
@@ -1050,7 +1042,7 @@ class Run:
         path = self.folder / f"{stage}.safetensors"
         try:
             module.load_state_dict(load_file(path))
-        except Exception as e:  # safetensors has an error type of its own
+        except Exception as e:  # safetensors has its own
             raise UserError(f"cannot use {path} ({one_line(e)}); delete it and --train") from None
         return module.requires_grad_(False).eval()
 
@@ -1060,15 +1052,23 @@ class Run:
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 def rate_factor(step, steps, constant):
-    """Learning-rate factor: a short warm-up, constant for a share of the steps, then to zero."""
+    """Learning-rate factor: a short warm-up, a constant share, then to zero."""
     return min(1.0, (step + 1) / min(20, steps), (steps - step) / (steps * (1 - constant)))
 
-def train_stage(run, cfg, stage, tokenizer, model=None):
+def train_step(module, tokenizer, optimizer, batch, scale):
+    """One update of a model, or of the tokenizer itself: its losses."""
+    parts = ({"loss": module.loss(batch)} if module is tokenizer
+             else losses(module, tokenizer, batch))
+    module.zero_grad(set_to_none=True)
+    parts["loss"].backward()
+    optimizer.step(scale)
+    return {name: part.detach() for name, part in parts.items() if torch.is_tensor(part)}
+
+def train_stage(run, cfg, stage, tokenizer, module):
     """The loop of every stage: a batch, a step, a line of the log, now and then a checkpoint."""
-    module, start = model or tokenizer, 0
     steps = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
-    optimizer = Optimizer(module, cfg.lr, cfg.adam_lr if model else 0.002)
-    device = next(module.parameters()).device
+    optimizer = Optimizer(module, cfg.lr, 0.002 if module is tokenizer else cfg.adam_lr)
+    start, device = 0, next(module.parameters()).device
     Block.fast = compiled(Block.forward) if cfg.compile else None
     if run.has("state.pt"):
         state = torch.load(run.folder / "state.pt", map_location=device, weights_only=True)
@@ -1078,33 +1078,27 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
             optimizer.load_state_dict(state["optimizer"])
     kept = [line for line in run.log() if line["stage"] != stage or line["step"] < start]
     run.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-
-    def update(batch, scale):
-        parts = losses(model, tokenizer, batch) if model else {"loss": tokenizer.loss(batch)}
-        module.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        optimizer.step(scale)
-        return {name: part.detach() for name, part in parts.items() if torch.is_tensor(part)}
-
-    update = GraphedStep(update)  # on a GPU one launch a step; a plain call elsewhere
-    bar, began = tqdm(range(start, steps), f"{stage:14}", steps, initial=start), time.time()
+    # On a GPU other processes make the batches, and a step is one launch.
+    gpu, update = device.type == "cuda", GraphedStep(train_step)
+    batches = DataLoader(range(start, steps), None, pin_memory=gpu,
+                         num_workers=gpu * torch.get_num_threads(),
+                         collate_fn=functools.partial(make_batch, cfg, stage))
+    bar, began = tqdm(batches, f"{stage:14}", steps, initial=start), time.time()
     with open(run.folder / "log.jsonl", "a", buffering=1) as log:
-        for step in bar:
-            batch = make_batch(cfg, stage, step)
-            batch = tree_map(lambda x: x if x is None else x.to(device), batch)
-            # an arm's rate falls from the start, or it unlearns some of what the base can do
+        for step, batch in enumerate(bar, start):
+            batch = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), batch)
+            # an arm's rate falls from the start, or it unlearns what the base can do
             rate = rate_factor(step, steps, 0.0 if stage in PROXIES else 0.5)
-            parts = update(batch, torch.tensor(rate, device=device))
+            parts = update(module, tokenizer, optimizer, batch,
+                           torch.full((), rate, device=device))
             last = step + 1 == steps
             if step % 10 == 0 or last:
                 values = {name: round(part.item(), 4) for name, part in parts.items()}
                 if not math.isfinite(values["loss"]):
-                    raise UserError(f"the loss of {stage} became {values['loss']} at step {step}; "
-                                    "lower --lr")
+                    raise UserError(f"{stage}: loss {values['loss']} at step {step}; lower --lr")
                 bar.set_postfix(values)
-                line = {"stage": stage, "step": step, **values}
-                line["seconds"] = round(time.time() - began, 2)
-                log.write(json.dumps(line) + "\n")
+                values["seconds"] = round(time.time() - began, 2)
+                log.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
             if not last and (step + 1) % cfg.save_every == 0:
                 state = {"stage": stage, "step": step + 1, "module": module.state_dict(),
                          "optimizer": optimizer.state_dict()}
@@ -1115,14 +1109,13 @@ def train_stage(run, cfg, stage, tokenizer, model=None):
     (run.folder / "state.pt").unlink(missing_ok=True)
 
 def choose_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda") or not getattr(torch, name).is_available():
         raise UserError(f"there is no device {name!r} here; choose auto, cpu or cuda")
     return torch.device(name)
 
 def train(cfg, folder, base=None):
-    """Every stage that is not there yet, then the report; `base` is a run to copy the base from."""
+    """Every stage that is missing, then the report; `base` is a run to copy the base from."""
     from eval import evaluate, show
     run, device = Run(folder), choose_device(cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
@@ -1138,7 +1131,7 @@ def train(cfg, folder, base=None):
         if stage in PROXIES:
             model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
         if not run.has(f"{stage}.safetensors"):
-            train_stage(run, cfg, stage, tokenizer, None if stage == "tokenizer" else model)
+            train_stage(run, cfg, stage, tokenizer, tokenizer if stage == "tokenizer" else model)
         if stage == "tokenizer":
             tokenizer = run.load(stage, VisionTokenizer(cfg).to(device))
     if not run.has("report.json"):
@@ -1146,9 +1139,8 @@ def train(cfg, folder, base=None):
     print(show(run))
 
 # ==== 10. Commands
-
 def find_run(name):
-    """A run by its folder or its name under runs/; without a name the newest finished one."""
+    """A run by its folder or its name under runs/; else the newest finished."""
     if name:
         return Run(name if Path(name).exists() or Path(name).name != name else Path("runs", name))
     finished = sorted(Path("runs").glob("*/report.json"), key=lambda path: path.stat().st_mtime)
@@ -1167,7 +1159,7 @@ def load_run(run, name=None, device="cpu"):
     return cfg, tokenizer, run.load(name, UnifiedModel(cfg)).to(device), name
 
 def read_image(path, size):
-    """Any picture as a person sees it, upright, squeezed to (1, 3, size, size) in [0, 1]."""
+    """Any picture as a person sees it, squeezed to (1, 3, size, size) in [0, 1]."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -1176,19 +1168,18 @@ def read_image(path, size):
                 low, span = values.min(), np.ptp(values) or 1
                 picture = Image.fromarray(np.uint8((values - low) / span * 255))
             picture = picture.convert("RGBA").resize((size, size), Image.BOX)
-    except Exception as e:  # Pillow raises a dozen kinds for damaged files
+    except Exception as e:  # Pillow raises a dozen kinds
         raise UserError(f"cannot read {path} ({one_line(e)}); give a PNG or JPEG") from None
     white = Image.new("RGBA", picture.size, "white")  # under what is transparent
     picture = Image.alpha_composite(white, picture).convert("RGB")
-    pixels = np.asarray(picture, np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)[None]
 
 def to_pil(image):
     pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 def checked(text, room):
-    """A text that the model can take, with a note on words that no training text has."""
+    """A text that the model can take; words that it does not know are named."""
     unknown = [word for word in re.findall(r"\w+", text) if word not in IDS]
     if unknown:
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
@@ -1277,7 +1268,7 @@ def command(argv):
     train(cfg, find_run(args.run or ("arms" if base else preset)).folder, base)
 
 def main(argv=None, command=command):
-    """Run a command; its exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
+    """A command's exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a pipe in ASCII cannot say everything
             stream.reconfigure(errors="replace")
@@ -1288,7 +1279,7 @@ def main(argv=None, command=command):
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (UserError, OSError, torch.OutOfMemoryError) as e:  # a full disk is no bug either
+    except (UserError, OSError, torch.OutOfMemoryError) as e:  # OSError: a full disk
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1296,5 +1287,5 @@ def main(argv=None, command=command):
         return 130
 
 if __name__ == "__main__":
-    import sgt  # eval.py imports this file as `sgt`: run that copy, so that there is only one
+    import sgt  # eval.py imports `sgt`: run that copy, or there would be two
     sys.exit(sgt.main())

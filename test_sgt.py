@@ -793,13 +793,13 @@ def test_attention_is_its_definition_in_value_and_gradient(backend, sees):
         n = int(sees.expand(2, 7)[b, i])
         weights = (q[b, h, i] @ k[b, h, :n].T / 8 ** 0.5).softmax(-1)
         rows.append(weights @ v[b, h, :n] if n else 0 * q[b, h, i])
-    exact, out = torch.stack(rows).view(2, 3, 7, 8), kernels.attention(q, k, v, sees, backend)
+    exact, out = torch.stack(rows).view(2, 3, 7, 8), kernels.BACKENDS[backend](q, k, v, sees)
     assert torch.allclose(out, exact, atol=1e-12)
     grad = torch.randn_like(out)
     for x, y in zip(*(torch.autograd.grad(each, (q, k, v), grad) for each in (out, exact))):
         assert torch.allclose(x, y, atol=1e-12)
     loud = [x.detach().index_fill(2, torch.tensor([5]), value) for x, value in ((k, 30), (v, -999))]
-    changed = (kernels.attention(q, *loud, sees, backend) != out).any(-1)
+    changed = (kernels.BACKENDS[backend](q, *loud, sees) != out).any(-1)
     assert torch.equal(changed, (sees > 5).expand(2, 7)[:, None].expand(2, 3, 7))
 
 def test_a_cache_is_written_where_it_is_told_and_a_mask_can_be_drawn():
