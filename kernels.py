@@ -74,13 +74,13 @@ def staircase(U, T, N):
     return torch.tensor([U] * U + list(range(U + 1, U + T + 1)) + [U + T + N] * N)
 
 def may_attend(sees, columns):
-    """(S,) -> (1, S, columns) or (B, S) -> (B, 1, S, columns): may row i attend to column j?"""
+    """sees (S,) -> (1, 1, S, columns) or (B, S) -> (B, 1, S, columns): may row i see column j?"""
     j = torch.arange(columns, device=sees.device)
-    return (j < sees[..., None]).unsqueeze(-3)
+    return (j < sees[..., None]).view(-1, 1, sees.shape[-1], columns)  # cuDNN needs 4 axes
 
 def draw(sees):
-    """The mask of `sees` (S,) as text, a line a row: '#' may attend, '.' may not."""
-    mask = may_attend(sees, int(sees.max()))[0].tolist()
+    """The mask of `sees` (S,) as text: '#' may attend, '.' may not."""
+    mask = may_attend(sees, int(sees.max()))[0, 0].tolist()
     return "\n".join("".join(".#"[cell] for cell in row) for row in mask)
 
 # ==== 3. Attention on any device
@@ -96,7 +96,7 @@ def attention_reference(q, k, v, sees):
 
 class BmmAttention(torch.autograd.Function):
     """For CPUs: the weights are kept for the backward pass. PyTorch computes them again to save
-    memory, which for a few hundred columns takes several times as long."""
+    memory, which takes several times as long for few columns."""
     @staticmethod
     def forward(ctx, q, k, v, sees):
         out, weights = attention_reference(q, k, v, sees)
@@ -119,7 +119,7 @@ def attention_sdpa(q, k, v, sees):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) * may_attend(sees, 1)
 
 # ==== 4. Attention in Triton
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python, on a CPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Python, on a CPU
 jit = triton.jit if triton else lambda kernel: kernel
 
 @jit
@@ -266,7 +266,7 @@ def errors(name, sees, D, device, dtype):
     loud = run(name, q, k.index_fill(2, column, 30.0), v.index_fill(2, column, -1000.0))
     exact = run("reference", q.double(), k.double(), v.double())
     torch.use_deterministic_algorithms(False)
-    blind = ~may_attend(sees, L)[..., column]  # (1, S, 1) or (B, 1, S, 1)
+    blind = ~may_attend(sees, L)[..., column]  # (1 or B, 1, S, 1)
     if not all(torch.equal(x * blind, y * blind) for x, y in zip(found[:2], loud[:2])):
         return torch.full([4], torch.inf)
     return torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, exact)]).cpu()
@@ -419,7 +419,7 @@ def bench(device, turns=10):
     sees, S = staircase(*blocks).to(device), sum(blocks)
     numbers = torch.randn(4, B, S, H, D, device=device, dtype=compute_dtype(device))
     *inputs, grad = numbers.transpose(2, 3).requires_grad_().unbind()
-    sdpa = lambda *qkv, m=may_attend(sees, S)[None]: F.scaled_dot_product_attention(*qkv, m)
+    sdpa = lambda *qkv, m=may_attend(sees, S): F.scaled_dot_product_attention(*qkv, m)
     attend = {"ours": compiled(lambda *qkv: attention(*qkv, sees), dynamic=False), "SDPA": sdpa}
     if gpu:  # FlexAttention has no backward on a CPU
         mask = create_block_mask(lambda b, h, i, j: j < sees[i], None, None, S, S, device=device)
