@@ -242,7 +242,8 @@ def waves(cfg, scene, strength=0.28, noise=0.06):
     x, y = frequency * np.cos(angle), frequency * np.sin(angle)  # (1 + M, 3 waves)
     lines = (x[..., None, None] * pixel + y[..., None, None] * pixel[:, None]
              + phase[..., None, None])  # (1 + M, 3 waves, P, P)
-    texture = np.einsum("mwc,mwyx->mcyx", color, np.sin(lines))
+    # in fp32 a sine takes a tenth of the time
+    texture = np.einsum("mwc,mwyx->mcyx", color, np.sin(np.float32(lines)))
     texture = strength * texture + noise * rng.normal(size=texture.shape[1:])
     return torch.from_numpy(texture.astype(np.float32))
 
@@ -450,16 +451,16 @@ def dialogue(cfg, scene):
     """Questions with their answers, in random order, then a description: ids, and the targets:
     the same ids in answers, -100 in questions."""
     rng, P, turns, ids, answers = scene.rng("dialogue"), cfg.image_size, [], [], []
-    length = lambda turn: len(encode("".join(turn))) + 1
-    last = "list the objects.", describe(scene.things, rng, P)
-    free = TEXT_LEN - length(last)
+    tokens = lambda q, a: (encode(q), encode(a) + [END])
+    last = tokens("list the objects.", describe(scene.things, rng, P))
+    free = TEXT_LEN - len(last[0] + last[1])
     for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)):
         turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # the shortest turn
-        if turn and length(turn) <= free:
-            turns.append(turn)
-            free -= length(turn)
-    for question, answer in [*turns, last]:
-        q, a = encode(question), encode(answer) + [END]
+        q, a = tokens(*turn) if turn else ([], [])
+        if len(q + a) <= free:
+            turns.append((q, a))
+            free -= len(q + a)
+    for q, a in [*turns, last]:
         ids += q + a
         answers += [-100] * len(q) + a
     return ids, answers
@@ -673,7 +674,7 @@ def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
     return x
 
 class Stem(nn.Module):
-    """A vector for each patch of a picture, from `reach` x `reach` patches around it. A hidden
+    """A vector for each patch, from `reach` x `reach` patches around it. A hidden
     layer and overlap, as in a convolutional stem: linear patches train far slower."""
     def __init__(self, patch, reach, hidden, width):
         super().__init__()
@@ -954,7 +955,7 @@ def generate(model, tokenizer, texts, image=None, seed=0):
     MaskGIT (arXiv 2202.04200): all codes start masked; each step predicts them all and keeps the
     most confident, so that cos(pi/2 * step/steps) stay masked. Temperature 0 is greedy."""
     cfg, device = model.cfg, model.word.device
-    # a proxy leaves little open: two greedy steps draw better masks than twelve
+    # a proxy leaves little open: two greedy steps beat twelve
     steps, length, guidance, temperature = (2, PROXY_LEN, 1.0, 0.0) if image is not None else (
         cfg.sample_steps, PROMPT_LEN, cfg.guidance, cfg.temperature)
     shape, g = (steps, len(texts), cfg.tokens), torch.Generator().manual_seed(seed)
@@ -1065,7 +1066,7 @@ def train_step(module, tokenizer, optimizer, batch, scale):
     return {name: part.detach() for name, part in parts.items() if torch.is_tensor(part)}
 
 def train_stage(run, cfg, stage, tokenizer, module):
-    """The loop of every stage: a batch, a step, a line of the log, now and then a checkpoint."""
+    """The loop of every stage: batches, steps, lines of the log, checkpoints."""
     steps = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
     optimizer = Optimizer(module, cfg.lr, 0.002 if module is tokenizer else cfg.adam_lr)
     start, device = 0, next(module.parameters()).device
