@@ -32,6 +32,7 @@ import math
 import os
 import random
 import re
+import sqlite3
 import sys
 import time
 from collections import Counter, namedtuple
@@ -77,7 +78,7 @@ class Config:
     t2i_batch: int = 24  # captioned pictures a step
     lr: float = 0.02  # Muon learning rate of the matrices
     adam_lr: float = 0.012  # AdamW learning rate of embeddings and heads
-    # training of the arms; from here on settings may differ from the run that --base names
+    # the arms; with --base settings may differ from here on
     arm_steps: int = 500  # steps of every arm
     arm_batch: int = 16  # dialogues and captioned pictures a step (the replay)
     ratio: float = 2.0  # proxy pictures per dialogue (the paper: 2)
@@ -91,7 +92,7 @@ class Config:
     eval_questions: int = 3000  # questions about each look, evenly by kind
     eval_prompts: int = 240  # pictures drawn, evenly by kind
     eval_masks: int = 100  # pictures of each look to segment
-    # the machine; from here on settings may change while a run goes on
+    # the machine; these may change while a run goes on
     save_every: int = 100  # steps between checkpoints
     compile: bool = True  # compile the transformer block: starts later, runs faster
     device: str = "auto"  # auto, cpu or cuda
@@ -108,7 +109,7 @@ class Config:
                     else self.proxies.split(","))
 
     def validate(self):
-        """Refuse, in one line, what would otherwise fail late or obscurely."""
+        """Refuse what would otherwise fail late or obscurely."""
         for name, value in vars(self).items():
             kind, lowest = type(getattr(Config, name)), 0 if name in MAY_BE_ZERO else 1e-9
             if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 32:
@@ -134,7 +135,7 @@ ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_ever
 MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "arm_scenes", "proxy_weight",
                "guidance", "temperature", "compile", "threads")
 PRESETS = {
-    # every stage in half a minute; says nothing about quality
+    # every stage in half a minute
     "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, encoder_depth=1,
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
@@ -285,7 +286,7 @@ def plural(word):
     return word + ("es" if word.endswith("s") else "s")
 
 PAD, END = 0, 1
-TEXT_LEN, PROMPT_LEN = 72, 20  # tokens of a dialogue about a picture, of a caption
+TEXT_LEN, PROMPT_LEN = 72, 20  # tokens of a dialogue, of a caption
 WORDS = ["", "", "?", ".", ",", *NUMBERS, *SHAPES, *map(plural, SHAPES), *COLORS, *"""a and is are
 there the of in than how many what color shape where object objects more plus list big small left
 right above below from front hidden bigger smaller or top middle bottom center yes no segment
@@ -465,7 +466,7 @@ def dialogue(cfg, scene):
         answers += [-100] * len(q) + a
     return ids, answers
 
-# ==== 4. Proxies: what the model may be asked to draw of a picture that it looks at
+# ==== 4. Proxies: what the model draws of a picture that it looks at
 # Well-separated colors; 0 is the background.
 PALETTE = torch.tensor([
     (0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), (250, 225, 25), (235, 60, 230),
@@ -538,7 +539,7 @@ def boxes(cfg, scenes, r):
     return instance(cfg, scenes, r._replace(instance=((box > inside) * index).amax(1)))
 
 def novel_view(cfg, scenes, r):
-    """From a camera that moved; textures are painted on the picture, and stay."""
+    """From a camera that moved; textures stay."""
     return render(cfg, scenes, shift=cfg.image_size / 6).image
 
 def edges(cfg, scenes, r):
@@ -575,7 +576,7 @@ PROXIES = {
     "boxes": Proxy("high", "draw boxes around all objects.", boxes),
     "depth": Proxy("mid", "estimate the depth map now.", depth),
     "novel_view": Proxy("mid", "shift the camera right now.", novel_view),
-    # to restore, something must be broken: `spoil` changes what is looked at, too
+    # `spoil` breaks what is looked at, so that it can be restored
     "inpainting": Proxy("mid", "fill in the missing part.", original, hole),
     "edges": Proxy("low", "detect the edges of everything.", edges),
     "reconstruction": Proxy("low", "copy the picture as is.", original),
@@ -616,6 +617,9 @@ def matrix(*shape, gain=1.0):
 
 def table(*shape, scale=1.0):
     return nn.Parameter(scale * torch.randn(*shape))  # for AdamW: embeddings, heads
+
+def constant(x):
+    return nn.Buffer(x, persistent=False)  # not saved
 
 def rotary(positions, head_dim, dtype):
     """cos and sin (..., 1, S, head_dim / 2) of rotary position embeddings in 2-D, of positions
@@ -705,11 +709,10 @@ class VisionTokenizer(nn.Module):
         self.position = table(cfg.tokens, D, scale=0.5)
         self.decoder = nn.ModuleList(Block(D, 32) for _ in range(cfg.tok_depth))
         self.patch_out = table(3 * cfg.patch ** 2, D, scale=0.1 * D ** -0.5)
-        # buffers that are not saved
-        self.levels = nn.Buffer(torch.tensor(cfg.levels), persistent=False)  # (C,)
+        self.levels = constant(torch.tensor(cfg.levels))  # (C,)
         basis = torch.cumprod(F.pad(self.levels[:-1], (1, 0), value=1), 0)
-        self.basis = nn.Buffer(basis, persistent=False)
-        self.places = nn.Buffer(grid_positions(cfg.grid), persistent=False)  # (N, 2)
+        self.basis = constant(basis)
+        self.places = constant(grid_positions(cfg.grid))  # (N, 2)
 
     def quantize(self, z):
         """z (..., C) -> the nearest grid point in (-1, 1), and its code (...). In fp32: rounding a
@@ -777,8 +780,8 @@ class UnifiedModel(nn.Module):
         self.text_head, self.image_head = table(V, D, scale=0.0), table(K, D, scale=0.0)
         # rotary positions: a patch lies amid the 2 x 2 codes that it covers
         places = grid_positions(cfg.grid // 2) * 2 + 0.5  # (U, 2)
-        self.patch_places = nn.Buffer(places, persistent=False)
-        self.code_places = nn.Buffer(grid_positions(cfg.grid), persistent=False)  # (N, 2)
+        self.patch_places = constant(places)
+        self.code_places = constant(grid_positions(cfg.grid))  # (N, 2)
 
     def see(self, image):
         """image (B, 3, P, P) -> features (B, U, D), in fp32, that answers and drawings share."""
@@ -884,7 +887,7 @@ def caption_batch(cfg, split, step, n):
 
 def proxy_batch(cfg, name, step, n):
     """Pictures of both looks and what to draw of them: image, text, target, is_masked."""
-    # with arm_scenes the same few again and again
+    # with arm_scenes the same few again
     numbers = [i % (cfg.arm_scenes or 2 ** 40) for i in range(step * n, step * n + n)]
     scenes = sample(cfg, "arm", numbers, "masks")
     image, prompts, target = draw_proxy(cfg, name, scenes)
@@ -953,7 +956,7 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
 def generate(model, tokenizer, texts, image=None, seed=0):
     """Draw each text or, given images (B, 3, P, P), what the texts ask to draw of them.
     MaskGIT (arXiv 2202.04200): all codes start masked; each step predicts them all and keeps the
-    most confident, so that cos(pi/2 * step/steps) stay masked. Temperature 0 is greedy."""
+    most confident, so that cos(pi/2 * step/steps) stay masked."""
     cfg, device = model.cfg, model.word.device
     # a proxy leaves little open: two greedy steps beat twelve
     steps, length, guidance, temperature = (2, PROXY_LEN, 1.0, 0.0) if image is not None else (
@@ -1039,7 +1042,7 @@ class Run:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
 
     def load(self, stage, module):
-        """The weights of a stage, into a module that will not be trained."""
+        """Weights of a stage, into a module that will not be trained."""
         path = self.folder / f"{stage}.safetensors"
         try:
             module.load_state_dict(load_file(path))
@@ -1052,10 +1055,6 @@ class Run:
         text = (self.folder / "log.jsonl").read_text() if self.has("log.jsonl") else ""
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
-def rate_factor(step, steps, constant):
-    """Learning-rate factor: a short warm-up, a constant share, then to zero."""
-    return min(1.0, (step + 1) / min(20, steps), (steps - step) / (steps * (1 - constant)))
-
 def train_step(module, tokenizer, optimizer, batch, scale):
     """One update of a model, or of the tokenizer itself: its losses."""
     parts = ({"loss": module.loss(batch)} if module is tokenizer
@@ -1066,7 +1065,7 @@ def train_step(module, tokenizer, optimizer, batch, scale):
     return {name: part.detach() for name, part in parts.items() if torch.is_tensor(part)}
 
 def train_stage(run, cfg, stage, tokenizer, module):
-    """The loop of every stage: batches, steps, lines of the log, checkpoints."""
+    """The loop of every stage, with its log and checkpoints."""
     steps = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
     optimizer = Optimizer(module, cfg.lr, 0.002 if module is tokenizer else cfg.adam_lr)
     start, device = 0, next(module.parameters()).device
@@ -1089,7 +1088,8 @@ def train_stage(run, cfg, stage, tokenizer, module):
         for step, batch in enumerate(bar, start):
             batch = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), batch)
             # an arm's rate falls from the start, or it unlearns what the base can do
-            rate = rate_factor(step, steps, 0.0 if stage in PROXIES else 0.5)
+            falls = steps if stage in PROXIES else steps / 2
+            rate = min(1.0, (step + 1) / min(20, steps), (steps - step) / falls)
             parts = update(module, tokenizer, optimizer, batch,
                            torch.full((), rate, device=device))
             last = step + 1 == steps
@@ -1121,22 +1121,30 @@ def train(cfg, folder, base=None):
     run, device = Run(folder), choose_device(cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run.open(cfg)
+    try:
+        lock = sqlite3.connect(run.folder / ".lock", timeout=0)
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as e:
+        raise UserError(f"cannot lock {run.folder} ({e}); is it being trained elsewhere?") from None
     for name in ("tokenizer.safetensors", "base.safetensors") if base else ():
         if not run.has(name):
             run.write(name, (base.folder / name).read_bytes())
     torch.manual_seed(cfg.seed)
     tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
+    stages = "tokenizer", "base", *cfg.arms
     print(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-          f"seed {cfg.seed}, {device}, {compute_dtype(device)}")
-    for stage in ("tokenizer", "base", *cfg.arms):
-        if stage in PROXIES:
-            model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
-        if not run.has(f"{stage}.safetensors"):
-            train_stage(run, cfg, stage, tokenizer, tokenizer if stage == "tokenizer" else model)
-        if stage == "tokenizer":
-            tokenizer = run.load(stage, VisionTokenizer(cfg).to(device))
-    if not run.has("report.json"):
-        evaluate(run, device)
+          f"seed {cfg.seed}, {device}, {compute_dtype(device)}: {', '.join(stages)}, report.html")
+    with lock:  # free again at its end
+        for stage in stages:
+            if stage in PROXIES:
+                model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
+            if not run.has(f"{stage}.safetensors"):
+                module = tokenizer if stage == "tokenizer" else model
+                train_stage(run, cfg, stage, tokenizer, module)
+            if stage == "tokenizer":
+                tokenizer = run.load(stage, VisionTokenizer(cfg).to(device))
+        if not run.has("report.json"):
+            evaluate(run, device)
     print(show(run))
 
 # ==== 10. Commands
@@ -1150,7 +1158,7 @@ def find_run(name):
     return Run(finished[-1].parent)
 
 def load_run(run, name=None, device="cpu"):
-    """Config, tokenizer, a model and its name: the one asked for, else instance, else the last."""
+    """Config, tokenizer, model, its name: the one asked for, else instance, else the last."""
     cfg = run.config()
     stages = [stage for stage in ["base", *cfg.arms] if run.has(f"{stage}.safetensors")]
     name = name or ("instance" if "instance" in stages else [None, *stages][-1])
@@ -1271,7 +1279,7 @@ def command(argv):
 def main(argv=None, command=command):
     """A command's exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a pipe in ASCII cannot say everything
+        if hasattr(stream, "reconfigure"):  # an ASCII pipe
             stream.reconfigure(errors="replace")
     try:
         command(argv)

@@ -527,7 +527,7 @@ def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(t
     head = subprocess.getoutput(f"cd {trained} && {sys.executable} {HERE / 'eval.py'} | head -1")
     assert head.startswith("Understanding") and "\n" not in head
     assert set(before) == {
-        "config.json", "log.jsonl", "report.json", "report.md", "report.html",
+        ".lock", "config.json", "log.jsonl", "report.json", "report.md", "report.html",
         "samples/comparison.png", "samples/prompts.png", *(f"{s}.safetensors" for s in stages)}
     again = python(HERE / "sgt.py", *SMOKE, cwd=trained, PYTHONIOENCODING="ascii")
     assert again.returncode == 0 and not again.stderr and contents(run) == before
@@ -552,6 +552,7 @@ def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
     def make_batch(cfg, stage, step):
         if (stage, step) in stops:
             stops.remove((stage, step))
+            assert sgt.main(halves) == 2
             os.kill(os.getpid(), signal.SIGINT)
         return real(cfg, stage, step)
     monkeypatch.setattr(sgt, "make_batch", make_batch)
@@ -568,13 +569,12 @@ def test_a_run_can_be_stopped_with_ctrl_c_and_says_what_it_lacks(tmp_path):
     process = subprocess.Popen([sys.executable, HERE / "sgt.py", *SMOKE, "--tok-steps", "9999"],
                                cwd=tmp_path, text=True, stderr=subprocess.PIPE)
     log = tmp_path / "runs/smoke/log.jsonl"
-    while not log.exists() or not log.stat().st_size:
-        assert process.poll() is None
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130 and "Traceback" not in said and "goes on" in said
-    assert set(contents(log.parent)) - {"state.pt"} == {"config.json", "log.jsonl"}
+    assert set(contents(log.parent)) - {"state.pt"} == {"config.json", "log.jsonl", ".lock"}
     done = python(HERE / "eval.py", "runs/smoke", cwd=tmp_path)
     assert refused(done.returncode, done.stderr) and "base" in done.stderr
 
@@ -598,7 +598,7 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
 
 # ---- 10. commands
 def test_help_explains_every_setting():
-    """A setting whose comment does not reach the person at the keyboard."""
+    """A setting whose comment does not reach the keyboard."""
     said = " ".join(python(HERE / "sgt.py", "--help").stdout.split())
     for field in dataclasses.fields(Config):
         line, = [line for line in SOURCE if line.startswith(f"    {field.name}: {field.type} = ")]
