@@ -141,9 +141,9 @@ PRESETS = {
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
                   compile=False),
     "tiny": {},  # the default on a CPU, the next on a GPU
-    "base": dict(image_size=64, tok_width=256, tok_depth=4, tok_steps=2000, tok_batch=128,
-                 width=512, encoder_depth=6, depth=8, head_dim=64, base_steps=5000, arm_steps=1000,
-                 vqa_batch=64, t2i_batch=64, arm_batch=24, adam_lr=0.004),
+    "base": dict(image_size=64, tok_width=256, tok_depth=4, tok_steps=1400, tok_batch=128,
+                 width=512, encoder_depth=6, depth=8, head_dim=64, base_steps=2800, vqa_batch=64,
+                 t2i_batch=64, arm_batch=24, adam_lr=0.004),
 }
 
 # ==== 2. Scenes: the data, rendered
