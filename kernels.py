@@ -204,7 +204,7 @@ def backward_kernel(X1, X2, Y1, Y2, GX1, GX2, LSE, DELTA, SEES, sees_stride, S, 
 
 def launch(kernel, tensors, sees, q, k, BX, num_warps, **flags):
     """Run a kernel on tiles of BX rows, or columns, of every head."""
-    (B, S, H, D), L, BY, sees = q.shape, k.shape[1], 64, sees.int().expand(len(q), -1)
+    (B, S, H, D), L, BY, sees = q.shape, k.shape[1], 64, sees.int().contiguous().expand(len(q), -1)
     if q.dtype == torch.float32:
         BX = BY = 32  # larger tiles do not fit
     # Heads come first: the second axis of a grid ends at 65,535.
@@ -252,7 +252,7 @@ if CHOSEN and CHOSEN not in BACKENDS:
 def errors(name, sees, D, device, dtype):
     """‖x - exact‖ / ‖exact‖ of output, dq, dk, dv, (4,), where exact is the definition in float64;
     infinite if a row changes, even by a bit, with a column that it does not see."""
-    sees, S, L = sees.to(device), sees.shape[-1], int(sees.max())
+    sees, S, L = sees.to(device), sees.shape[-1], int(sees.max()) + 3
     generator = torch.Generator().manual_seed(L)
     numbers = torch.randn(4, 2, 2, max(S, L), D, generator=generator).to(device, dtype)
     q, grad, k, v = *numbers[:2, ..., :S, :], *numbers[2:, ..., :L, :]
@@ -289,7 +289,7 @@ def triton_is_right(*case, known={}):
 
 def attention(q, k, v, sees):
     """Row i attends to the columns [0, sees[i]): q (B, H, S, D); k, v (B, H, L, D) -> (B, H, S, D).
-    `sees` is (S,) or (B, S), int32 or int64."""
+    `sees` is (S,) or (B, S) and never falls."""
     fastest = "bmm" if q.device.type == "cpu" else "sdpa"
     # Few rows, as in decoding, leave tiles empty; exact fp32 is slow; heads of 128 do not fit
     # every GPU. The loop makes D the constant that torch.compile asks for.
@@ -335,7 +335,7 @@ class GraphedStep:
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             places = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            try:  # thread_local: other threads may prepare the next batch meanwhile
+            try:  # thread_local: others may prepare the next batch
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     out = self.function(*tree_unflatten(places, spec))
             except RuntimeError as e:  # something cannot be recorded: only plain calls from now on

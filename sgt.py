@@ -243,7 +243,6 @@ def waves(cfg, scene, strength=0.28, noise=0.06):
     x, y = frequency * np.cos(angle), frequency * np.sin(angle)  # (1 + M, 3 waves)
     lines = (x[..., None, None] * pixel + y[..., None, None] * pixel[:, None]
              + phase[..., None, None])  # (1 + M, 3 waves, P, P)
-    # in fp32 a sine takes a tenth of the time
     texture = np.einsum("mwc,mwyx->mcyx", color, np.sin(np.float32(lines)))
     texture = strength * texture + noise * rng.normal(size=texture.shape[1:])
     return torch.from_numpy(texture.astype(np.float32))
@@ -1041,13 +1040,17 @@ class Run:
         else:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
 
-    def load(self, stage, module):
-        """Weights of a stage, into a module that will not be trained."""
-        path = self.folder / f"{stage}.safetensors"
+    def read(self, name, reader):
+        """What a reader makes of a file, if it is whole."""
+        path = self.folder / name
         try:
-            module.load_state_dict(load_file(path))
+            return reader(path)
         except Exception as e:  # safetensors has its own
             raise UserError(f"cannot use {path} ({one_line(e)}); delete it and --train") from None
+
+    def load(self, stage, module):
+        """Weights of a stage, into a module that will not be trained."""
+        self.read(f"{stage}.safetensors", lambda path: module.load_state_dict(load_file(path)))
         return module.requires_grad_(False).eval()
 
     def log(self):
@@ -1071,7 +1074,7 @@ def train_stage(run, cfg, stage, tokenizer, module):
     start, device = 0, next(module.parameters()).device
     Block.fast = compiled(Block.forward) if cfg.compile else None
     if run.has("state.pt"):
-        state = torch.load(run.folder / "state.pt", map_location=device, weights_only=True)
+        state = run.read("state.pt", lambda path: torch.load(path, map_location=device))
         if state["stage"] == stage:
             start = state["step"]
             module.load_state_dict(state["module"])
@@ -1080,8 +1083,8 @@ def train_stage(run, cfg, stage, tokenizer, module):
     run.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
     # On a GPU other processes make the batches, and a step is one launch.
     gpu, update = device.type == "cuda", GraphedStep(train_step)
-    batches = DataLoader(range(start, steps), None, pin_memory=gpu,
-                         num_workers=gpu * torch.get_num_threads(),
+    batches = DataLoader(range(start, steps), batch_size=None, pin_memory=gpu,
+                         num_workers=gpu * min(8, torch.get_num_threads()),
                          collate_fn=functools.partial(make_batch, cfg, stage))
     bar, began = tqdm(batches, f"{stage:14}", steps, initial=start), time.time()
     with open(run.folder / "log.jsonl", "a", buffering=1) as log:
@@ -1101,9 +1104,8 @@ def train_stage(run, cfg, stage, tokenizer, module):
                 values["seconds"] = round(time.time() - began, 2)
                 log.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
             if not last and (step + 1) % cfg.save_every == 0:
-                state = {"stage": stage, "step": step + 1, "module": module.state_dict(),
-                         "optimizer": optimizer.state_dict()}
-                torch.save(state, data := io.BytesIO())
+                state = {"stage": stage, "step": step + 1, "module": module.state_dict()}
+                torch.save({**state, "optimizer": optimizer.state_dict()}, data := io.BytesIO())
                 run.write("state.pt", data.getvalue())
     weights = {name: weight.cpu().contiguous() for name, weight in module.state_dict().items()}
     run.write(f"{stage}.safetensors", save(weights))
@@ -1118,6 +1120,7 @@ def choose_device(name):
 def train(cfg, folder, base=None):
     """Every stage that is missing, then the report; `base` is a run to copy the base from."""
     from eval import evaluate, show
+    cfg.validate()
     run, device = Run(folder), choose_device(cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     run.open(cfg)
@@ -1126,21 +1129,19 @@ def train(cfg, folder, base=None):
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as e:
         raise UserError(f"cannot lock {run.folder} ({e}); is it being trained elsewhere?") from None
-    for name in ("tokenizer.safetensors", "base.safetensors") if base else ():
-        if not run.has(name):
-            run.write(name, (base.folder / name).read_bytes())
-    torch.manual_seed(cfg.seed)
-    tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
-    stages = "tokenizer", "base", *cfg.arms
-    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-          f"seed {cfg.seed}, {device}, {compute_dtype(device)}: {', '.join(stages)}, report.html")
-    with lock:  # free again at its end
-        for stage in stages:
+    with lock:  # freed at its end
+        for name in ("tokenizer.safetensors", "base.safetensors") if base else ():
+            if not run.has(name):
+                run.write(name, (base.folder / name).read_bytes())
+        torch.manual_seed(cfg.seed)
+        tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
+        size, parts = sum(p.numel() for p in model.parameters()), ("tokenizer", "base", *cfg.arms)
+        print(f"{run.folder}: {size / 1e6:.1f}M weights, {device} {compute_dtype(device)};", *parts)
+        for stage in parts:
             if stage in PROXIES:
                 model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
             if not run.has(f"{stage}.safetensors"):
-                module = tokenizer if stage == "tokenizer" else model
-                train_stage(run, cfg, stage, tokenizer, module)
+                train_stage(run, cfg, stage, tokenizer, {"tokenizer": tokenizer}.get(stage, model))
             if stage == "tokenizer":
                 tokenizer = run.load(stage, VisionTokenizer(cfg).to(device))
         if not run.has("report.json"):
@@ -1273,7 +1274,6 @@ def command(argv):
             raise UserError(f"--base has its own {', '.join(fixed) or 'preset'}; leave that out")
         start = {**vars(base.config()), "device": "auto", "threads": 0}
     cfg = Config(**{**start, **given})
-    cfg.validate()
     train(cfg, find_run(args.run or ("arms" if base else preset)).folder, base)
 
 def main(argv=None, command=command):
