@@ -35,6 +35,7 @@ import re
 import sqlite3
 import sys
 import time
+import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NamedTuple
@@ -140,8 +141,7 @@ PRESETS = {
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
                   compile=False),
-    "tiny": {},  # the default
-    # for a GPU with bf16
+    "tiny": {},  # the default; the next is for GPUs
     "base": dict(image_size=64, tok_width=256, tok_depth=4, tok_steps=1400, tok_batch=128,
                  width=512, encoder_depth=6, depth=8, head_dim=64, base_steps=2800, vqa_batch=64,
                  t2i_batch=64, arm_batch=24, adam_lr=0.004),
@@ -1171,6 +1171,7 @@ def load_run(run, name=None, device="cpu"):
 
 def read_image(path, size):
     """Any picture as a person sees it, squeezed to (1, 3, size, size) in [0, 1]."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 89 to 178 million pixels
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -1181,9 +1182,8 @@ def read_image(path, size):
             picture = picture.convert("RGBA").resize((size, size), Image.BOX)
     except Exception as e:  # Pillow raises a dozen kinds
         raise UserError(f"cannot read {path} ({one_line(e)}); give a PNG or JPEG") from None
-    white = Image.new("RGBA", picture.size, "white")  # under what is transparent
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)[None]
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255)[..., :3].permute(2, 0, 1)[None]
 
 def to_pil(image):
     pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte()
