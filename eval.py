@@ -35,7 +35,6 @@ SHAPES, COLORS, LOOKS = list(sgt.SHAPES), list(sgt.COLORS), ("plain", "textured"
 REASONING = ("compare", "arithmetic")  # the others are perception, which the paper sees improve
 
 # ==== 1. Judge: parse a picture back into objects
-
 def parts_of(label, colors, smallest):
     """Number the 8-connected parts of each color in index maps (B, P, P), 0 is background: a part
     gets 1 + its last flat index, and 0 if it has fewer than `smallest` pixels."""
@@ -105,7 +104,6 @@ def judge(image):
     return found
 
 # ==== 2. Masks: panoptic quality, COCO's AP
-
 def true_masks(instance):
     """Index maps (B, P, P), 0 = background -> (n, P, P) bool for every picture."""
     return [ids == ids[ids > 0].unique()[:, None, None] for ids in instance]
@@ -186,7 +184,6 @@ def segmentation(cfg, model, tokenizer, folder=None):
     return found
 
 # ==== 3. Questions and prompts
-
 class Item(NamedTuple):
     """A question about a held-out scene with its answer, or a prompt that fits it."""
     kind: str
@@ -261,7 +258,6 @@ def pictures_score(items, images):
     return by_kind(items, [satisfied(*each) for each in zip(items, judge(images))])
 
 # ==== 4. Inside the model: linear probes, the two looks
-
 @torch.no_grad()
 def patch_states(model, scenes):
     """What the patches hold behind the encoder and behind the last block, (2, B, U, D)."""
@@ -300,7 +296,6 @@ def inside(cfg, model, n=600):
     return found
 
 # ==== 5. Report
-
 LABELS = {arm: arm for arm in ("base", *PROXIES)} | {"none": "SFT", "instance": "SGT"}
 
 def table(head, rows):
@@ -329,6 +324,8 @@ def markdown(report):
         keys = next(iter(columns.values()))
         rows = [[key, *(column[key] for column in columns.values())] for key in keys]
         out += [title, table(["", *columns], rows), ""]
+    pace = report.get("ms a step", {}).items()
+    out.append("Milliseconds a step: " + ", ".join(f"{stage} {ms:.3g}" for stage, ms in pace))
     for arm, entry in models.items():
         if "textured - SFT" in entry:
             difference = "{:+.1f} ± {:.1f}".format(*entry["textured - SFT"])
@@ -403,6 +400,11 @@ def evaluate(run, device):
         masks.append((f"{LABELS[arm]}: draws, says", picture, said))
         few = [i * len(texts) // 8 for i in range(8)]
         free.append((f"{LABELS[arm]}: of a text", drawn[few], [texts[i] for i in few]))
+    pace = defaultdict(list)
+    for a, b in itertools.pairwise(run.log()):
+        if a["stage"] == b["stage"]:
+            pace[a["stage"]].append((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]))
+    report["ms a step"] = {stage: 1000 * statistics.median(each) for stage, each in pace.items()}
     for arm in set(textured) - {"base", "none"} if "none" in textured else ():
         d = textured[arm] - textured["none"]
         report["models"][arm]["textured - SFT"] = [float(d.mean()), float(d.std() / len(d) ** 0.5)]
@@ -441,7 +443,6 @@ def page(run, report):
     return "\n".join(out)
 
 # ==== 6. Commands
-
 def study(reports):
     """Arms over seeds: means ± standard errors over seeds, and each seed's difference to SFT."""
     same = set(sgt.NAMES) - {"seed", "proxies", *sgt.FREE}

@@ -533,7 +533,7 @@ def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(t
     assert again.returncode == 0 and not again.stderr and contents(run) == before
     assert before["report.md"].decode().encode("ascii", "replace").decode() in again.stdout
     page = before["report.html"].decode()
-    assert not re.search(r'<script|<link|src="(?!data:)|url\(|://', page)
+    assert "step: t" in page and not re.search(r'<script|<link|src="(?!data:)|url\(|://', page)
     assert page.count("<svg") == 5 and page.count("<img") == 2 and page.count(" SGT |") == 5
 
 MICRO = [*SMOKE, "--tok-steps=4", "--base-steps=4", "--arm-steps=3", "--save-every=2",
@@ -541,7 +541,7 @@ MICRO = [*SMOKE, "--tok-steps=4", "--base-steps=4", "--arm-steps=3", "--save-eve
 
 def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
         tmp_path, monkeypatch, unmeasured):
-    """State that is not saved: momentum, step, place in the data; a log with lines twice."""
+    """State not saved: momentum, step, place in the data; lines logged twice."""
     stops = [("tokenizer", 3), ("base", 2), ("none", 1), ("instance", 2)]
     whole, halves, thread = ([*MICRO, "--run", str(tmp_path / name)] for name in "abc")
     one = threading.Thread(target=sgt.main, args=[thread])
@@ -812,7 +812,7 @@ def test_a_cache_is_written_where_it_is_told_and_a_mask_can_be_drawn():
     assert kernels.draw(kernels.staircase(2, 2, 1)) == "##...\n##...\n###..\n####.\n#####"
 
 def test_the_optimizer_is_muon_for_each_matrix_and_adamw_for_the_rest(exact):
-    """Matrices of a batch that mix; a stack taken for one matrix; a state that is not saved."""
+    """Matrices that mix; a stack taken for one matrix; a state that is not saved."""
     module = torch.nn.ParameterList([sgt.matrix(3, 8, 8), sgt.matrix(16, 8), sgt.matrix(8, 24),
                                      sgt.matrix(16, 8), sgt.table(8, 8), sgt.table(5)])
     plain = [p.detach().clone() for p in module]
@@ -844,7 +844,7 @@ def test_the_optimizer_is_muon_for_each_matrix_and_adamw_for_the_rest(exact):
     assert all(torch.allclose(p, w, atol=1e-5) for p, w in zip(module, plain))
 
 def test_the_compiled_block_is_the_block_for_every_length(exact, monkeypatch, capsys):
-    """A graph break; a compilation for each length; a fallback that nobody notices."""
+    """A graph break; a compilation for each length; an unnoticed fallback."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True))
     (tokenizer, model), fast, grads = models(), kernels.compiled(sgt.Block.forward), []
     for stage, which in itertools.product(("base", "instance"), (None, fast)):
