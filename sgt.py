@@ -136,7 +136,6 @@ ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_ever
 MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "arm_scenes", "proxy_weight",
                "guidance", "temperature", "compile", "threads")
 PRESETS = {
-    # every stage in half a minute
     "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, encoder_depth=1,
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
@@ -1131,6 +1130,7 @@ def train(cfg, folder, base=None):
     except sqlite3.Error as e:
         raise UserError(f"cannot lock {run.folder} ({e}); is it being trained elsewhere?") from None
     with lock:  # freed at its end
+        run.open(cfg)  # another may have come first
         for name in ("tokenizer.safetensors", "base.safetensors") if base else ():
             if not run.has(name):
                 run.write(name, (base.folder / name).read_bytes())
