@@ -448,8 +448,7 @@ def ask(kind, things, rng, P):
     return rng.choice([option for option in options if option[1] == wanted])
 
 def dialogue(cfg, scene):
-    """Questions with their answers, in random order, then a description: ids, and the targets:
-    the same ids in answers, -100 in questions."""
+    """Questions and answers, then a description: ids, targets (ids in answers, -100 elsewhere)."""
     rng, P, turns, ids, answers = scene.rng("dialogue"), cfg.image_size, [], [], []
     tokens = lambda q, a: (encode(q), encode(a) + [END])
     last = tokens("list the objects.", describe(scene.things, rng, P))
@@ -457,7 +456,7 @@ def dialogue(cfg, scene):
     for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)):
         turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # the shortest turn
         q, a = tokens(*turn) if turn else ([], [])
-        if len(q + a) <= free:
+        if turn and len(q + a) <= free:
             turns.append((q, a))
             free -= len(q + a)
     for q, a in [*turns, last]:
@@ -1060,12 +1059,11 @@ class Run:
 
 def train_step(module, tokenizer, optimizer, batch, scale):
     """One update of a model, or of the tokenizer itself: its losses."""
-    parts = ({"loss": module.loss(batch)} if module is tokenizer
-             else losses(module, tokenizer, batch))
+    each = {"loss": module.loss(batch)} if module is tokenizer else losses(module, tokenizer, batch)
     module.zero_grad(set_to_none=True)
-    parts["loss"].backward()
+    each["loss"].backward()
     optimizer.step(scale)
-    return {name: part.detach() for name, part in parts.items() if torch.is_tensor(part)}
+    return {name: loss.detach() for name, loss in each.items() if torch.is_tensor(loss)}
 
 def train_stage(run, cfg, stage, tokenizer, module):
     """The loop of every stage, with its log and checkpoints."""
@@ -1136,15 +1134,17 @@ def train(cfg, folder, base=None):
                 run.write(name, (base.folder / name).read_bytes())
         torch.manual_seed(cfg.seed)
         tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
-        size, parts = sum(p.numel() for p in model.parameters()), ("tokenizer", "base", *cfg.arms)
-        print(f"{run.folder}: {size / 1e6:.1f}M weights, {device} {compute_dtype(device)};", *parts)
-        for stage in parts:
+        size, stages = sum(p.numel() for p in model.parameters()), ("base", *cfg.arms)
+        print(f"{run.folder}: {size / 1e6:.1f}M weights, {device} {compute_dtype(device)};",
+              "tokenizer", *stages)
+        if not run.has("tokenizer.safetensors"):
+            train_stage(run, cfg, "tokenizer", tokenizer, tokenizer)
+        tokenizer = run.load("tokenizer", VisionTokenizer(cfg).to(device))
+        for stage in stages:
             if stage in PROXIES:
                 model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
             if not run.has(f"{stage}.safetensors"):
-                train_stage(run, cfg, stage, tokenizer, {"tokenizer": tokenizer}.get(stage, model))
-            if stage == "tokenizer":
-                tokenizer = run.load(stage, VisionTokenizer(cfg).to(device))
+                train_stage(run, cfg, stage, tokenizer, model)
         if not run.has("report.json"):
             evaluate(run, device)
     print(show(run))

@@ -569,7 +569,8 @@ def test_a_run_can_be_stopped_with_ctrl_c_and_says_what_it_lacks(tmp_path):
     process = subprocess.Popen([sys.executable, HERE / "sgt.py", *SMOKE, "--tok-steps", "9999"],
                                cwd=tmp_path, text=True, stderr=subprocess.PIPE)
     log = tmp_path / "runs/smoke/log.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
+    while not log.exists() or not log.stat().st_size:
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
@@ -775,7 +776,6 @@ def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, cap
         other.write_text(json.dumps({**report, "config": {**report["config"], **wrong}}))
         assert refused(evaluation.main(["smoke", "other"]), capsys.readouterr().err)
 
-# ---- kernels.py
 def test_the_check_passes_and_an_unknown_setting_of_the_environment_is_refused():
     """A kernel that is wrong on this machine; a typo that silently measures something else."""
     done = [python(HERE / "kernels.py", "--check", **env)
