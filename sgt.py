@@ -199,6 +199,9 @@ def sample_scene(cfg, key, overlapping):
         shapes = shapes[:1] * count
     if repeats < 0.2 or repeats > 0.9:
         colors = colors[:1] * count
+    # captions name up to two things, or any number of one shape
+    if not overlapping and len(set(shapes)) > 1:
+        count = 2
     # two touching objects of one color would be one blob
     overlaps = rng.random() < overlapping and count > 1 and colors[0] != colors[1]
     if overlaps:
@@ -342,8 +345,8 @@ def reading_order(things, P):
     return sorted(things, key=lambda o: (int(4 * o.y / P), o.x))
 
 def captions(things, rng, P):
-    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), and "places". Things are in
-    reading order, but for "position": else codes cannot tell which one to draw."""
+    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), two of them also with colors,
+    and places. Things are in reading order, but for positions: the first is the upper left one."""
     things = reading_order(things, P)
     n, shapes = len(things), {o.shape for o in things}
     found = {"places": ", ".join(f"{noun(o)} {where(o, P)}" for o in things)}
@@ -351,6 +354,8 @@ def captions(things, rng, P):
         found |= {"single": f"a {things[0].shape}", "colors": f"a {noun(things[0])}"}
     elif len(shapes) == 1:
         found["counting"] = f"{NUMBERS[n]} {plural(things[0].shape)}"
+        if len({o.color for o in things}) == 1:
+            found["colored counting"] = f"{NUMBERS[n]} {plural(noun(things[0]))}"
     elif n == 2:
         a, b = things
         found["two"] = f"a {a.shape} and a {b.shape}"
@@ -358,6 +363,7 @@ def captions(things, rng, P):
         a, b = rng.sample(things, 2)
         if relation(a, b):
             found["position"] = f"a {a.shape} {relation(a, b)} a {b.shape}"
+            found["colored position"] = f"a {noun(a)} {relation(a, b)} a {noun(b)}"
     return found
 
 def caption(cfg, scene):
