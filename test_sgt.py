@@ -124,7 +124,7 @@ def test_objects_stay_inside_and_apart_but_for_one_pair(preset):
     cfg, seen = Config(**PRESETS[preset]), Counter()
     for use, most in (("masks", 1), ("captions", 0)):
         pairs = 0
-        for scene in sgt.sample(cfg, "val", range(400), use):
+        for scene in sgt.sample(cfg, "val", range(600), use):
             seen.update([len(scene.things)])
             for o in scene.things:
                 seen.update([o.shape, o.color, o.size])
