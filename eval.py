@@ -109,10 +109,12 @@ def true_masks(instance):
     return [ids == ids[ids > 0].unique()[:, None, None] for ids in instance]
 
 def masks_of(drawn):
-    """Masks in drawn targets (B, 3, P, P), without specks. One color is one object."""
-    label = nearest(drawn.cpu(), PALETTE[:MAX_OBJECTS + 1])[1]
+    """Masks in drawn targets (B, 3, P, P), without specks: one color is one object. And the score
+    of each mask: how close its pixels are to their palette color."""
+    far, label = nearest(drawn, PALETTE[:MAX_OBJECTS + 1])  # (B, P, P)
     specks = parts_of(label, MAX_OBJECTS, max(2, drawn.shape[-1] ** 2 / 256)) == 0
-    return true_masks(label.masked_fill(specks, 0))
+    masks = true_masks(label.masked_fill(specks, 0))
+    return masks, [1 - float(d[mask].mean()) for d, of in zip(far.sqrt(), masks) for mask in of]
 
 def panoptic_quality(predicted, truth):
     """Class-agnostic PQ (arXiv 1801.00868) in percent; nothing of nothing is 100."""
@@ -163,20 +165,16 @@ def segmentation(cfg, model, tokenizer, folder=None):
         image, prompts, target = sgt.draw_proxy(cfg, "instance", scenes)
         drawn = (sgt.generate(model, tokenizer, prompts, image.to(device)) if model else
                  tokenizer.decode(tokenizer.encode(target.to(device)))).cpu()
-        masks, true = masks_of(drawn), true_masks(sgt.render(cfg, scenes).instance)
+        (masks, scores), true = masks_of(drawn), true_masks(sgt.render(cfg, scenes).instance)
         side = {"width": cfg.image_size, "height": cfg.image_size}
         data = {"images": [{"id": i + 1, "file_name": f"{i:06d}.png", **side}
                            for i in range(len(scenes))],
                 "categories": [{"id": 1, "name": "object"}], "annotations": coco_masks(true)}
-        # a mask's score is how close its pixels are to their palette color
-        far = nearest(drawn, PALETTE[:MAX_OBJECTS + 1])[0].sqrt()  # (B, P, P)
-        scores = [1 - float(far[i][mask].mean()) for i, each in enumerate(masks) for mask in each]
         results = [{**mask, "score": score} for mask, score in zip(coco_masks(masks), scores)]
         if folder:
             out = Run(folder / look)
             for about, picture in zip(data["images"], image):
-                sgt.to_pil(picture).save(png := io.BytesIO(), "PNG")
-                out.write(f"images/{about['file_name']}", png.getvalue())
+                out.write(f"images/{about['file_name']}", sgt.png(sgt.to_pil(picture)))
             out.write("instances.json", json.dumps(data))
             out.write("results.json", json.dumps(results))
         found[f"PQ, {look}"] = panoptic_quality(masks, true)
@@ -262,9 +260,8 @@ def pictures_score(items, images):
 def patch_states(model, scenes):
     """What the patches hold behind the encoder and behind the last block, (2, B, U, D)."""
     image = sgt.render(model.cfg, scenes).image.to(model.word.device)
-    x, positions, sees = model.layout(image, image.new_zeros(len(scenes), 1).long(), None)
-    h = sgt.norm(sgt.run_blocks(model.blocks, x, positions, sees))[:, :model.cfg.patches]
-    return torch.stack([model.see(image), h.float()]).cpu()
+    h, _ = sgt.prefill(model, image, image.new_zeros(len(scenes), 1).long(), 0)  # (B, U + 1, D)
+    return torch.stack([model.see(image), h[:, :model.cfg.patches].float()]).cpu()
 
 def probe(x, y):
     """Ridge regression of y (n,) on the first half of x (n, D): percent right on the second."""
@@ -284,8 +281,8 @@ def inside(cfg, model, n=600):
     cover = F.avg_pool2d(cover.permute(0, 3, 1, 2), cfg.see_patch).flatten(2)  # (B, 1 + M, U)
     amount, index = cover[:, 1:].max(1)  # (B, U)
     seen = amount > 0.05  # patches with an object
-    shape = sgt.per_object(looks[0], lambda scene, o: SHAPES.index(o.shape)).long()  # (B, 1 + M)
-    shape = shape.gather(1, index + 1)[seen]
+    shape = sgt.pad([[SHAPES.index(o.shape) for o in s.things] for s in looks[0]], MAX_OBJECTS)
+    shape = shape.gather(1, index)[seen]
     plain, textured = (patch_states(model, scenes) for scenes in looks)  # (2, B, U, D)
     centred = [x - x.mean((1, 2), keepdim=True) for x in (plain, textured)]
     cosine = 100 * F.cosine_similarity(*centred, -1).mean((1, 2))  # (2,)
@@ -333,13 +330,12 @@ def markdown(report):
     return "\n".join(out)
 
 def read_report(run):
-    try:
-        report = json.loads((run.folder / "report.json").read_text("utf-8"))
+    def reader(path):
+        report = json.loads(path.read_text("utf-8"))
         markdown(report)  # whatever is missing shows here
         return report
-    except Exception as e:  # whatever may stand in a damaged file
-        raise UserError(f"{run.folder} has no readable report.json ({sgt.one_line(e)}); "
-                        f"make one with: python eval.py {run.folder} --again") from None
+    return sgt.read(run.folder / "report.json", reader,
+                    f"make one with: python eval.py {run.folder} --again")
 
 def show(run):
     return (f"{markdown(read_report(run))}\n\nPictures and curves: {run.folder / 'report.html'}\n"
@@ -360,8 +356,7 @@ def picture_grid(rows, cell=96):
                 lines = textwrap.fill(texts[i], 17, max_lines=2, placeholder=" ...")
                 pen.text((x, y + cell), lines, fill="black", spacing=1, font_size=10)
         y += height
-    sheet.save(out := io.BytesIO(), "PNG")
-    return out.getvalue()
+    return sgt.png(sheet)
 
 def evaluate(run, device):
     """Measure every model of a run; write samples/, report.md, .html and, last, report.json."""

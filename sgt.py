@@ -187,8 +187,11 @@ class Scene(NamedTuple):
     def generator(self, purpose):
         return torch.Generator().manual_seed(self.rng(purpose).getrandbits(63))
 
-def sample_scene(cfg, key, overlapping):
-    """Objects that stay apart, but for one pair in a share `overlapping` of the scenes.
+# Share of textured scenes by use. Proxies look at "masks", the tokenizer also at "pictures".
+TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
+
+def sample_scene(cfg, key, use):
+    """Objects that stay apart, but for one pair in half of the scenes that have no caption.
     The camera looks down on a table: objects lower in the picture are nearer."""
     rng, P, placed = random.Random(key), cfg.image_size, []
     count = 1 + int(rng.random() ** 0.7 * MAX_OBJECTS)
@@ -200,10 +203,10 @@ def sample_scene(cfg, key, overlapping):
     if repeats < 0.2 or repeats > 0.9:
         colors = colors[:1] * count
     # captions name up to two things, or any number of one shape
-    if not overlapping and len(set(shapes)) > 1:
+    if use == "captions" and len(set(shapes)) > 1:
         count = 2
     # two touching objects of one color would be one blob
-    overlaps = rng.random() < overlapping and count > 1 and colors[0] != colors[1]
+    overlaps = rng.random() < 0.5 and use != "captions" and count > 1 and colors[0] != colors[1]
     if overlaps:
         sizes[:2] = ["big", "big"]
     for i in range(count):
@@ -223,62 +226,55 @@ def sample_scene(cfg, key, overlapping):
                 break
     placed.sort(key=lambda o: o.y)
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
-    return Scene(key, things, rng.randrange(len(BACKGROUNDS)))
-
-# Share of textured scenes by use. Proxies look at "masks", the tokenizer also at "pictures".
-TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
+    scene = Scene(key, things, rng.randrange(len(BACKGROUNDS)))
+    return scene._replace(textured=scene.rng("look").random() < TEXTURED[use])
 
 def sample(cfg, split, numbers, use):
     """Scenes by number, of a split: "tokenizer", "train" (base), "arm", or "val", held out."""
-    scenes = [sample_scene(cfg, f"{cfg.seed}/{split}/{use}/{number}", 0.5 * (use != "captions"))
-              for number in numbers]
-    return [s._replace(textured=s.rng("look").random() < TEXTURED[use]) for s in scenes]
+    return [sample_scene(cfg, f"{cfg.seed}/{split}/{use}/{number}", use) for number in numbers]
 
-def waves(cfg, scene, strength=0.28, noise=0.06):
+def waves(cfg, scene):
     """Textures (1 + M, 3, P, P) of background and objects: each three random waves, and noise."""
-    rng, shape = np.random.default_rng(list(scene.key.encode())), (1 + MAX_OBJECTS, 3)
+    rng, shape = np.random.default_rng(list(scene.key.encode())), (1 + MAX_OBJECTS, 3, 1, 1)
     angle, phase = rng.uniform(0, 2 * np.pi, (2, *shape))
     frequency = 2 * np.pi / rng.uniform(2.5, 10.5, shape)  # in radians a pixel
-    color = rng.normal(size=(*shape, 3))
+    color = rng.normal(size=(1 + MAX_OBJECTS, 3, 3))
     color = 0.5 * color / np.linalg.norm(color, axis=-1, keepdims=True)
-    color += 0.35 * rng.choice([-1, 1], (*shape, 1))  # light and dark
+    color += 0.35 * rng.choice([-1, 1], shape[:3])  # light and dark
     pixel = np.arange(cfg.image_size) + 0.5
-    x, y = frequency * np.cos(angle), frequency * np.sin(angle)  # (1 + M, 3 waves)
-    lines = (x[..., None, None] * pixel + y[..., None, None] * pixel[:, None]
-             + phase[..., None, None])  # (1 + M, 3 waves, P, P)
+    x, y = frequency * np.cos(angle), frequency * np.sin(angle)
+    lines = x * pixel + y * pixel[:, None] + phase  # (1 + M, 3 waves, P, P)
     texture = np.einsum("mwc,mwyx->mcyx", color, np.sin(np.float32(lines)))
-    texture = strength * texture + noise * rng.normal(size=texture.shape[1:])
-    return torch.from_numpy(texture.astype(np.float32))
+    texture = 0.28 * texture + 0.06 * rng.normal(size=texture.shape[1:])
+    return torch.from_numpy(texture).float()
+
+def pad(rows, length, value=0):
+    """Lists of unequal length -> a tensor (B, length, ...)."""
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 Rendered = namedtuple("Rendered", "image instance")
 
 def render(cfg, scenes, shift=0.0):
     """Paint scenes back to front: image (B, 3, P, P) in [0, 1], and instance (B, P, P), the index
     of the Thing in front, 0 for background. `shift` moves near objects so many pixels left."""
-    B, P, kinds = len(scenes), cfg.image_size, list(SHAPES)
-    shape, numbers = torch.full((B, MAX_OBJECTS), -1), torch.zeros(B, MAX_OBJECTS, 6)
-    for b, scene in enumerate(scenes):
-        for m, o in enumerate(scene.things):
-            shape[b, m] = kinds.index(o.shape)
-            numbers[b, m] = torch.tensor((o.x - shift * o.y / P, o.y, o.radius, *COLORS[o.color]))
+    B, P = len(scenes), cfg.image_size
+    numbers = pad([[(o.x - shift * o.y / P, o.y, o.radius, *COLORS[o.color]) for o in scene.things]
+                   for scene in scenes], MAX_OBJECTS, (0,) * 6)  # (B, M, 6)
     x, y, radius = numbers[..., :3, None, None].unbind(2)  # (B, M, 1, 1) each
     pixel, cover = torch.arange(P) + 0.5, torch.zeros(B, MAX_OBJECTS, P, P)  # share of a pixel
-    for s, distance in enumerate(SHAPES.values()):
-        of = shape == s
+    for shape, distance in SHAPES.items():
+        of = pad([[o.shape == shape for o in scene.things] for scene in scenes], MAX_OBJECTS, False)
         dx, dy = (pixel - x[of]) / radius[of], (pixel[:, None] - y[of]) / radius[of]
         cover[of] = (0.5 - distance(dx, dy) * radius[of]).clamp(0, 1)  # (n, P, P)
     ground = torch.tensor(BACKGROUNDS)[[scene.background for scene in scenes]]  # (B, 3)
-    image = ground[..., None, None].expand(B, 3, P, P)
-    instance = torch.zeros(B, P, P, dtype=torch.int64)
+    image, index = ground[..., None, None], torch.arange(1, 1 + MAX_OBJECTS)[:, None, None]
     for m in range(MAX_OBJECTS):
-        color = numbers[:, m, 3:, None, None].expand_as(image)
-        image = torch.lerp(image, color, cover[:, m, None])
-        instance = torch.where(cover[:, m] > 0.5, m + 1, instance)
-    textured = [b for b, scene in enumerate(scenes) if scene.textured]
-    if textured:
-        texture = torch.stack([waves(cfg, scenes[b]) for b in textured])  # (n, 1 + M, 3, P, P)
-        of = instance[textured][:, None, None].expand(-1, 1, 3, P, P)
-        image = image.index_add(0, torch.tensor(textured), texture.gather(1, of)[:, 0])
+        image = torch.lerp(image, numbers[:, m, 3:, None, None], cover[:, m, None])
+    instance = ((cover > 0.5) * index).amax(1)
+    for b, scene in enumerate(scenes):
+        if scene.textured:
+            of = instance[b].expand(1, 3, P, P)
+            image[b] += waves(cfg, scene).gather(0, of)[0]
     return Rendered(image.clamp(0, 1), instance)
 
 # ==== 3. Language: words, captions, questions
@@ -287,7 +283,7 @@ NUMBERS = "zero one two three four five six seven eight".split()
 def plural(word):
     return word + ("es" if word.endswith("s") else "s")
 
-PAD, END = 0, 1
+PAD, END = 0, 1  # the padding of prompts is seen, and harmless
 TEXT_LEN, PROMPT_LEN = 72, 20  # tokens of a dialogue, of a caption
 WORDS = ["", "", "?", ".", ",", *NUMBERS, *SHAPES, *map(plural, SHAPES), *COLORS, *"""a and is are
 there the of in than how many what color shape where object objects more plus list big small left
@@ -387,7 +383,7 @@ def groups(things, rng):
     """Up to five groups in words, with their sizes: ('circles', 2), ('red objects', 0)."""
     found = {}
     for _ in range(5):
-        shape, color = rng.choice([(o.shape, o.color) for o in things])
+        shape, color = rng.choice(things)[:2]
         if rng.random() < 0.33:
             shape, color = rng.choice(list(SHAPES)), rng.choice(list(COLORS))
         if rng.random() < 0.5:
@@ -397,18 +393,17 @@ def groups(things, rng):
     return list(found.items())
 
 def pairs(things):
-    """Two things that can be told apart, with names: (a, b, "the ring", "the bar")."""
-    both = itertools.permutations(named(things), 2)
-    return [(a, b, f"the {x}", f"the {y}") for (a, x), (b, y) in both]
+    """Two things that can be told apart, with names: (a, "ring"), (b, "red bar")."""
+    return itertools.permutations(named(things), 2)
 
 def existence(things, rng, P):
     present = {noun(o) for o in things}
     # hard negatives: a color and a shape that are there, but not together
-    absent = {noun(o._replace(shape=p.shape)) for o in things for p in things} - present
+    absent = {f"{o.color} {p.shape}" for o in things for p in things} - present
     if not absent or rng.random() < 0.3:
         o = rng.choice(things)
-        absent = {noun(o._replace(shape=shape)) for shape in SHAPES}
-        absent |= {noun(o._replace(color=color)) for color in COLORS}
+        absent = {f"{o.color} {shape}" for shape in SHAPES}
+        absent |= {f"{color} {o.shape}" for color in COLORS}
     return [(f"is there a {name}?", "yes" if name in present else "no")
             for name in sorted(absent | present)]
 
@@ -423,22 +418,22 @@ QUESTIONS = {
         (f"how many {name}?", NUMBERS[n])
         for name, n in [("objects", len(things)), *groups(things, rng)]],
     "color": lambda things, rng, P: [
-        (f"what color is the {o.shape}?", o.color)
-        for o in things if [p.shape for p in things].count(o.shape) == 1],
+        (f"what color is the {name}?", o.color)
+        for o, name in named(things) if name == o.shape],
     "shape": lambda things, rng, P: [
         (f"what shape is the {o.color} object?", o.shape)
         for o in things if [p.color for p in things].count(o.color) == 1],
     "relation": lambda things, rng, P: [
-        (f"where is {x} from {y}?", relation(a, b).split()[0])
-        for a, b, x, y in pairs(things) if relation(a, b)],
+        (f"where is the {x} from the {y}?", relation(a, b).split()[0])
+        for (a, x), (b, y) in pairs(things) if relation(a, b)],
     "location": lambda things, rng, P: [
         (f"where is the {name}?", where(o, P)) for o, name in named(things)],
     "size": lambda things, rng, P: [
-        (f"is {x} bigger or smaller than {y}?", "bigger" if a.size == "big" else "smaller")
-        for a, b, x, y in pairs(things) if a.size != b.size],
+        (f"is the {x} bigger or smaller than the {y}?", "bigger" if a.size == "big" else "smaller")
+        for (a, x), (b, y) in pairs(things) if a.size != b.size],
     "occlusion": lambda things, rng, P: [
-        (f"is {x} in front of {y}?", "yes" if a.index > b.index else "no")
-        for a, b, x, y in pairs(things) if overlap(a, b)],
+        (f"is the {x} in front of the {y}?", "yes" if a.index > b.index else "no")
+        for (a, x), (b, y) in pairs(things) if overlap(a, b)],
     "compare": lambda things, rng, P: [
         (f"are there more {a} than {b}?", "yes" if n > m else "no")
         for (a, n), (b, m) in itertools.permutations(groups(things, rng), 2)],
@@ -455,20 +450,19 @@ def ask(kind, things, rng, P):
 
 def dialogue(cfg, scene):
     """Questions and answers, then a description: ids, targets (ids in answers, -100 elsewhere)."""
-    rng, P, turns, ids, answers = scene.rng("dialogue"), cfg.image_size, [], [], []
-    tokens = lambda q, a: (encode(q), encode(a) + [END])
-    last = tokens("list the objects.", describe(scene.things, rng, P))
-    free = TEXT_LEN - len(last[0] + last[1])
+    rng, P, ids, answers = scene.rng("dialogue"), cfg.image_size, [], []
+    def tokens(question, answer):
+        q, a = encode(question), encode(answer) + [END]
+        return q + a, [-100] * len(q) + a
+    last, told = tokens("list the objects.", describe(scene.things, rng, P))
     for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)):
+        free = TEXT_LEN - len(ids + last)
         turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # the shortest turn
-        q, a = tokens(*turn) if turn else ([], [])
-        if turn and len(q + a) <= free:
-            turns.append((q, a))
-            free -= len(q + a)
-    for q, a in [*turns, last]:
-        ids += q + a
-        answers += [-100] * len(q) + a
-    return ids, answers
+        new, said = tokens(*turn) if turn else ([], [])
+        if turn and len(new) <= free:
+            ids += new
+            answers += said
+    return ids + last, answers + told
 
 # ==== 4. Proxies: what the model draws of a picture that it looks at
 # Well-separated colors; 0 is the background.
@@ -478,28 +472,23 @@ PALETTE = torch.tensor([
 
 # ┌─ SGT, 1 of 3: the segmentation of a scene, painted as a picture
 
-def paint(ids, colors):
-    """Color index maps: ids (B, P, P), the colors of each picture (B, n, 3) -> (B, 3, P, P)."""
-    B, P, _ = ids.shape
-    flat = colors.gather(1, ids.reshape(B, -1, 1).expand(-1, -1, 3))  # (B, P * P, 3)
-    return flat.reshape(B, P, P, 3).permute(0, 3, 1, 2)
+def per_pixel(scenes, r, value):
+    """value(scene, thing) of the thing in front at each pixel, (B, P, P); 0: background."""
+    rows = [[0, *(value(scene, o) for o in scene.things)] for scene in scenes]
+    return pad(rows, 1 + MAX_OBJECTS)[torch.arange(len(rows))[:, None, None], r.instance]
 
-def per_object(scenes, value):
-    """value(scene, thing) for every index of an instance map, (B, 1 + M); 0: background."""
-    out = torch.zeros(len(scenes), 1 + MAX_OBJECTS)
-    for b, scene in enumerate(scenes):
-        for o in scene.things:
-            out[b, o.index] = value(scene, o)
-    return out
+def paint(index):
+    """Index maps (B, P, P) in the colors of the palette -> (B, 3, P, P)."""
+    return PALETTE[index].permute(0, 3, 1, 2)
 
-def scan_order(cfg, scenes):
+def scan_order(cfg, scenes, r):
     """The place of every object in reading order, from 1. Random colors could only be guessed."""
     rank = lambda scene, o: 1 + reading_order(scene.things, cfg.image_size).index(o)
-    return per_object(scenes, rank).long()
+    return per_pixel(scenes, r, rank)
 
 def instance(cfg, scenes, r):
     """Every object in a color of its own: what SGT draws."""
-    return paint(r.instance, PALETTE[scan_order(cfg, scenes)])
+    return paint(scan_order(cfg, scenes, r))
 
 def shuffled(cfg, scenes, r):
     """The masks of another picture of the batch: as hard to draw, and nothing to see."""
@@ -508,13 +497,11 @@ def shuffled(cfg, scenes, r):
 # └─
 
 def semantic(cfg, scenes, r):
-    kind = per_object(scenes, lambda scene, o: 1 + list(SHAPES).index(o.shape))
-    return paint(r.instance, PALETTE[kind.long()])
+    return paint(per_pixel(scenes, r, lambda scene, o: 1 + list(SHAPES).index(o.shape)))
 
 def panoptic(cfg, scenes, r):
     """The category is the hue, the instance the shade; the background is gray."""
-    shade = 1.15 - 0.2 * scan_order(cfg, scenes)  # (B, 1 + M)
-    shade = paint(r.instance, shade[..., None].expand(-1, -1, 3))
+    shade = 1.15 - 0.2 * scan_order(cfg, scenes, r)[:, None]  # (B, 1, P, P)
     colored = (semantic(cfg, scenes, r) * shade).clamp(0, 1)
     return torch.where(r.instance[:, None] > 0, colored, 0.5)
 
@@ -523,16 +510,15 @@ def referent(scene):
     return noun(scene.rng("referent").choice(scene.things))
 
 def referring(cfg, scenes, r):
-    white = per_object(scenes, lambda scene, o: 8 * (noun(o) == referent(scene)))
-    return paint(r.instance, PALETTE[white.long()])
+    return paint(per_pixel(scenes, r, lambda scene, o: 8 * (noun(o) == referent(scene))))
 
 def depth(cfg, scenes, r):
     """White is near: what is lower in the picture."""
     P = cfg.image_size
-    near = per_object(scenes, lambda scene, o: 0.3 + 0.6 * o.y / P + 0.02 * o.index)
+    near = per_pixel(scenes, r, lambda scene, o: 0.3 + 0.6 * o.y / P + 0.02 * o.index)
     ground = 0.3 * (torch.arange(P) + 0.5) / P  # from top to bottom
-    near = paint(r.instance, near[..., None].expand(-1, -1, 3))
-    return torch.where(r.instance[:, None] > 0, near, ground[:, None])
+    near = torch.where(r.instance > 0, near, ground[:, None])  # (B, P, P)
+    return near[:, None].expand(-1, 3, -1, -1)
 
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
@@ -686,13 +672,13 @@ class Stem(nn.Module):
     layer and overlap, as in a convolutional stem: linear patches train far slower."""
     def __init__(self, patch, reach, hidden, width):
         super().__init__()
-        self.patch, self.reach = patch, reach
-        self.stem_in = matrix(hidden, 3 * (reach * patch) ** 2)
+        self.patch, self.window = patch, reach * patch
+        self.stem_in = matrix(hidden, 3 * self.window ** 2)
         self.stem_out = matrix(width, hidden)
 
     def forward(self, image):
         """image (B, 3, P, P) in [0, 1] -> (B, patches, width)."""
-        p, k = self.patch, self.reach * self.patch
+        p, k = self.patch, self.window
         padded = F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate")
         windows = padded.unfold(2, k, p).unfold(3, k, p)  # (B, 3, rows, columns, k, k)
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, patches, 3kk)
@@ -705,7 +691,7 @@ class VisionTokenizer(nn.Module):
     which can be predicted; the decoder sees everything."""
     def __init__(self, cfg):
         super().__init__()
-        self.patch, D, C = cfg.patch, cfg.tok_width, len(cfg.levels)
+        self.side, self.patch, D, C = cfg.image_size, cfg.patch, cfg.tok_width, len(cfg.levels)
         self.encoder = Stem(cfg.patch, 1, 4 * D, D)
         self.up, self.down = matrix(4 * D, D), matrix(D, 4 * D, gain=0.0)
         self.to_code = table(C, D, scale=D ** -0.5)
@@ -714,8 +700,7 @@ class VisionTokenizer(nn.Module):
         self.decoder = nn.ModuleList(Block(D, 32) for _ in range(cfg.tok_depth))
         self.patch_out = table(3 * cfg.patch ** 2, D, scale=0.1 * D ** -0.5)
         self.levels = constant(torch.tensor(cfg.levels))  # (C,)
-        basis = torch.cumprod(F.pad(self.levels[:-1], (1, 0), value=1), 0)
-        self.basis = constant(basis)
+        self.basis = constant(torch.cumprod(F.pad(self.levels[:-1], (1, 0), value=1), 0))
         self.places = constant(grid_positions(cfg.grid))  # (N, 2)
 
     def quantize(self, z):
@@ -738,8 +723,7 @@ class VisionTokenizer(nn.Module):
         x = norm(linear(point, self.from_code)) + self.position  # (B, N, D)
         x = norm(run_blocks(self.decoder, x, self.places)).float()
         x = linear(x, self.patch_out).transpose(1, 2)  # (B, 3 * patch * patch, N)
-        side = self.patch * math.isqrt(x.shape[2])
-        return F.fold(x, side, self.patch, stride=self.patch) * 0.5 + 0.5
+        return F.fold(x, self.side, self.patch, stride=self.patch) * 0.5 + 0.5
 
     def loss(self, image):
         """Mean squared error of a round trip; the encoder may run in bf16, the quantizer not."""
@@ -783,8 +767,7 @@ class UnifiedModel(nn.Module):
         self.code_position = table(cfg.tokens, D, scale=0.5)
         self.text_head, self.image_head = table(V, D, scale=0.0), table(K, D, scale=0.0)
         # rotary positions: a patch lies amid the 2 x 2 codes that it covers
-        places = grid_positions(cfg.grid // 2) * 2 + 0.5  # (U, 2)
-        self.patch_places = constant(places)
+        self.patch_places = constant(grid_positions(cfg.grid // 2) * 2 + 0.5)  # (U, 2)
         self.code_places = constant(grid_positions(cfg.grid))  # (N, 2)
 
     def see(self, image):
@@ -796,7 +779,7 @@ class UnifiedModel(nn.Module):
         """text (B, T) at places (T,) or (B, T), the word before each -> embeddings (B, T, D),
         rotary positions. Without `before` a small model learns to look up "red ring" late."""
         x = F.embedding(text, norm(self.word)) + F.embedding(before, norm(self.word_before))
-        places = (self.code_places.max() + 1 + at)[..., None].expand(*at.shape, 2)
+        places = (self.cfg.grid + at)[..., None].expand(*at.shape, 2)
         return x + self.text_position[at], places
 
     def embed_codes(self, codes):
@@ -869,10 +852,6 @@ def make_arm(cfg, base):
 # └─
 
 # Batches are functions of (stage, step) alone: a resumed run sees what it would have seen.
-
-def pad(rows, length, value=PAD):
-    """Lists of ids -> (B, length). The padding of prompts is seen, and harmless."""
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 def question_batch(cfg, split, step, n):
     """Dialogues about plain scenes: image, text, answer."""
@@ -953,8 +932,7 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
         confidence = confidence.masked_fill(~is_masked, math.inf)  # kept stays kept
         codes = torch.where(is_masked, choice, codes)
         still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)  # so many stay masked
-        if still:
-            codes = codes.scatter(1, confidence.topk(still, largest=False).indices, MASK)
+        codes = codes.scatter(1, confidence.topk(still, largest=False).indices, MASK)
     return tokenizer.decode(codes)
 
 def generate(model, tokenizer, texts, image=None, seed=0):
@@ -998,8 +976,13 @@ def answer(model, image, questions, limit=24):
     return [decode(row) for row in words[:, 1:].tolist()]
 
 # ==== 9. Training: one loop, the run folder
-def one_line(e):
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+def read(path, reader, advice="delete it and --train"):
+    """What a reader makes of a file, if it is whole."""
+    try:
+        return reader(path)
+    except Exception as e:  # torch, safetensors and Pillow raise a dozen kinds
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"cannot use {path} ({why}); {advice}") from None
 
 class Run:
     """A folder: config.json, log.jsonl, *.safetensors, samples/, report.json, .md and .html."""
@@ -1023,11 +1006,9 @@ class Run:
             temporary.unlink(missing_ok=True)
 
     def config(self):
-        try:
-            cfg = Config(**json.loads((self.folder / "config.json").read_text("utf-8")))
-        except Exception as e:  # whatever a stranger's file may hold
-            raise UserError(f"{self.folder} holds no run of this version ({one_line(e)}); train "
-                            "one with --train, or name one with --run") from None
+        cfg = read(self.folder / "config.json",
+                   lambda path: Config(**json.loads(path.read_text("utf-8"))),
+                   "train a run of this version with --train, or name one with --run")
         cfg.validate()
         return cfg
 
@@ -1045,17 +1026,10 @@ class Run:
         else:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
 
-    def read(self, name, reader):
-        """What a reader makes of a file, if it is whole."""
-        path = self.folder / name
-        try:
-            return reader(path)
-        except Exception as e:  # safetensors has its own
-            raise UserError(f"cannot use {path} ({one_line(e)}); delete it and --train") from None
-
     def load(self, stage, module):
         """Weights of a stage, into a module that will not be trained."""
-        self.read(f"{stage}.safetensors", lambda path: module.load_state_dict(load_file(path)))
+        read(self.folder / f"{stage}.safetensors",
+             lambda path: module.load_state_dict(load_file(path)))
         return module.requires_grad_(False).eval()
 
     def log(self):
@@ -1066,7 +1040,7 @@ class Run:
 def train_step(module, tokenizer, optimizer, batch, scale):
     """One update of a model, or of the tokenizer itself: its losses."""
     each = {"loss": module.loss(batch)} if module is tokenizer else losses(module, tokenizer, batch)
-    module.zero_grad(set_to_none=True)
+    module.zero_grad()
     each["loss"].backward()
     optimizer.step(scale)
     return {name: loss.detach() for name, loss in each.items() if torch.is_tensor(loss)}
@@ -1078,7 +1052,7 @@ def train_stage(run, cfg, stage, tokenizer, module):
     start, device = 0, next(module.parameters()).device
     Block.fast = compiled(Block.forward) if cfg.compile else None
     if run.has("state.pt"):
-        state = run.read("state.pt", lambda path: torch.load(path, map_location=device))
+        state = read(run.folder / "state.pt", lambda path: torch.load(path, map_location=device))
         if state["stage"] == stage:
             start = state["step"]
             module.load_state_dict(state["module"])
@@ -1111,8 +1085,7 @@ def train_stage(run, cfg, stage, tokenizer, module):
                 state = {"stage": stage, "step": step + 1, "module": module.state_dict()}
                 torch.save({**state, "optimizer": optimizer.state_dict()}, data := io.BytesIO())
                 run.write("state.pt", data.getvalue())
-    weights = {name: weight.cpu().contiguous() for name, weight in module.state_dict().items()}
-    run.write(f"{stage}.safetensors", save(weights))
+    run.write(f"{stage}.safetensors", save(module.state_dict()))
     (run.folder / "state.pt").unlink(missing_ok=True)
 
 def choose_device(name):
@@ -1160,10 +1133,10 @@ def find_run(name):
     """A run by its folder or its name under runs/; else the newest finished."""
     if name:
         return Run(name if Path(name).exists() or Path(name).name != name else Path("runs", name))
-    finished = sorted(Path("runs").glob("*/report.json"), key=lambda path: path.stat().st_mtime)
-    if not finished:
+    newest = max(Path("runs").glob("*/report.json"), key=os.path.getmtime, default=None)
+    if not newest:
         raise UserError("there is no finished run under runs/; train one: python sgt.py --train")
-    return Run(finished[-1].parent)
+    return Run(newest.parent)
 
 def load_run(run, name=None, device="cpu"):
     """Config, tokenizer, model, its name: the one asked for, else instance, else the last."""
@@ -1178,16 +1151,15 @@ def load_run(run, name=None, device="cpu"):
 def read_image(path, size):
     """Any picture as a person sees it, squeezed to (1, 3, size, size) in [0, 1]."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 89 to 178 million pixels
-    try:
+    def reader(path):
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode[0] in "IF":  # 16 bits and more: the range that is used
                 values = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
                 low, span = values.min(), np.ptp(values) or 1
                 picture = Image.fromarray(np.uint8((values - low) / span * 255))
-            picture = picture.convert("RGBA").resize((size, size), Image.BOX)
-    except Exception as e:  # Pillow raises a dozen kinds
-        raise UserError(f"cannot read {path} ({one_line(e)}); give a PNG or JPEG") from None
+            return picture.convert("RGBA").resize((size, size), Image.BOX)
+    picture = read(path, reader, "give a PNG or JPEG")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return torch.from_numpy(np.asarray(picture, np.float32) / 255)[..., :3].permute(2, 0, 1)[None]
 
@@ -1195,10 +1167,13 @@ def to_pil(image):
     pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
+def png(picture):
+    picture.save(out := io.BytesIO(), "PNG")
+    return out.getvalue()
+
 def checked(text, room):
     """A text that the model can take; words that it does not know are named."""
-    unknown = [word for word in re.findall(r"\w+", text) if word not in IDS]
-    if unknown:
+    if unknown := [word for word in re.findall(r"\w+", text) if word not in IDS]:
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
     if not re.search(r"\w", decode(encode(text))) or len(encode(text)) > room:
         raise UserError(f"the text has {len(encode(text))} known words; give 1 to {room}")
@@ -1209,20 +1184,18 @@ def save_png(image, path):
     if path.suffix.lower() != ".png" or Run(path.absolute().parent.parent).has("config.json"):
         raise UserError(f"will not write {path}; give --out a .png outside of runs")
     picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.NEAREST)
-    picture.save(out := io.BytesIO(), "PNG")
-    Run(path.parent).write(path.name, out.getvalue())
+    Run(path.parent).write(path.name, png(picture))
 
 def use(args, given):
     """--ask, --generate and --segment on a trained run."""
     run, out = find_run(args.run), Path(args.out or "out.png")
-    fixed = set(given) - {"seed", "device"}
-    if fixed:
+    if fixed := set(given) - {"seed", "device"}:
         raise UserError(f"a trained run has its own {', '.join(fixed)}; leave that out")
     device, seed = choose_device(given.get("device", "auto")), given.get("seed", 0) % 2 ** 32
     cfg, tokenizer, model, name = load_run(run, args.model, device)
     who = f"({run.folder}, model {name})"
     if args.generate:
-        text = checked(" ".join(args.generate.lower().split()), PROMPT_LEN)
+        text = checked(args.generate.lower(), PROMPT_LEN)
         save_png(generate(model, tokenizer, [text], seed=seed)[0], out)
         return print(f"wrote {out} {who}")
     image = read_image(args.segment or args.ask[0], cfg.image_size).to(device)
@@ -1278,8 +1251,8 @@ def command(argv):
         base, fixed = find_run(args.base), set(given) - set(ONLY_ARMS)
         if fixed or args.preset:
             raise UserError(f"--base has its own {', '.join(fixed) or 'preset'}; leave that out")
-        start = {**vars(base.config()), "device": "auto", "threads": 0}
-    cfg = Config(**{**start, **given})
+        start = vars(base.config()) | {"device": "auto", "threads": 0}
+    cfg = Config(**start | given)
     train(cfg, find_run(args.run or ("arms" if base else preset)).folder, base)
 
 def main(argv=None, command=command):
