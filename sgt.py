@@ -83,13 +83,14 @@ class Config:
     arm_steps: int = 500  # steps of every arm
     arm_batch: int = 16  # dialogues and captioned pictures a step (the replay)
     ratio: float = 2.0  # proxy pictures per dialogue (the paper: 2)
-    arm_scenes: int = 0  # how many pictures have masks; 0: new ones
+    textured_questions: int = 0  # textured scenes with questions, in half of the arms' dialogues
+    arm_scenes: int = 0  # pictures that have masks; 0: ever new ones
     proxies: str = "none,reconstruction,instance"  # arms, or "all"; none is SFT, instance SGT
     proxy_weight: float = 1.0  # weight of the proxy's loss (the paper: 1)
     # sampling and evaluation
     sample_steps: int = 24  # refinement steps of a picture
     guidance: float = 2.0  # guidance scale; 1: none
-    temperature: float = 6.0  # of the order of fixing codes; 0: greedy
+    temperature: float = 6.0  # noise in the order of codes; 0: greedy
     eval_questions: int = 3000  # questions about each look, evenly by kind
     eval_prompts: int = 240  # pictures drawn, evenly by kind
     eval_masks: int = 100  # pictures of each look to segment
@@ -133,8 +134,8 @@ class Config:
 
 NAMES = list(Config.__annotations__)
 ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_every"):]
-MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "arm_scenes", "proxy_weight",
-               "guidance", "temperature", "compile", "threads")
+MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "textured_questions", "arm_scenes",
+               "proxy_weight", "guidance", "temperature", "compile", "threads")
 PRESETS = {
     "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, encoder_depth=1,
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
@@ -161,7 +162,7 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90)}
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = {"small": 0.11, "big": 0.172}  # as a share of the picture's side
-MAX_OBJECTS, LATTICE = 4, 8  # M; most centres are multiples of so many pixels
+MAX_OBJECTS, LATTICE = 4, 8  # M; most centres are multiples of so many pixels, two steps apart
 
 class Thing(NamedTuple):
     """One object, in words and in pixels."""
@@ -197,10 +198,10 @@ def sample_scene(cfg, key, use):
     count = 1 + int(rng.random() ** 0.7 * MAX_OBJECTS)
     shapes, colors, sizes = (rng.choices(list(names), k=count) for names in (SHAPES, COLORS, RADII))
     # something to count: 35 % of the scenes repeat one shape, 30 % one color
-    repeats = rng.random()
-    if repeats < 0.35:
+    luck = rng.random()
+    if luck < 0.35:
         shapes = shapes[:1] * count
-    if repeats < 0.2 or repeats > 0.9:
+    if luck < 0.2 or luck > 0.9:
         colors = colors[:1] * count
     # captions name up to two things, or any number of one shape
     if use == "captions" and len(set(shapes)) > 1:
@@ -218,7 +219,7 @@ def sample_scene(cfg, key, use):
             others = placed
             if overlaps and i == 1:  # a diagonal neighbour of the first
                 x, y = (c + rng.choice([-1, 1]) * round(rng.uniform(0.3, 0.6) * 2 * radius)
-                        for c in placed[0][3:5])
+                        for c in (placed[0].x, placed[0].y))
                 others = []
             gaps = [max(abs(x - o.x), abs(y - o.y)) - radius - o.radius for o in others]
             if min(gaps, default=1) >= 1 and low <= min(x, y) and max(x, y) <= P - low:
@@ -273,8 +274,8 @@ def render(cfg, scenes, shift=0.0):
     instance = ((cover > 0.5) * index).amax(1)
     for b, scene in enumerate(scenes):
         if scene.textured:
-            of = instance[b].expand(1, 3, P, P)
-            image[b] += waves(cfg, scene).gather(0, of)[0]
+            ids = instance[b].expand(1, 3, P, P)
+            image[b] += waves(cfg, scene).gather(0, ids)[0]
     return Rendered(image.clamp(0, 1), instance)
 
 # ==== 3. Language: words, captions, questions
@@ -312,6 +313,15 @@ def normalize(question):
     text = re.sub(r"\bis there an\b", "is there a", re.sub(r"[?.!,;:\s]+", " ", text).strip())
     return text + end if text else ""
 
+def checked(text, room):
+    """The ids of a user's text of at most so many words; those that are unknown are named."""
+    if unknown := [word for word in re.findall(r"\w+", text) if word not in IDS]:
+        print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
+    ids = encode(text)
+    if not re.search(r"\w", decode(ids)) or len(ids) > room:
+        raise UserError(f"the text has {len(ids)} known words; give 1 to {room}")
+    return ids
+
 def noun(o):
     return f"{o.color} {o.shape}"
 
@@ -341,8 +351,8 @@ def reading_order(things, P):
     return sorted(things, key=lambda o: (int(4 * o.y / P), o.x))
 
 def captions(things, rng, P):
-    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), two of them also with colors,
-    and places. Things are in reading order, but for positions: the first is the upper left one."""
+    """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), two also with colors, and
+    places. Things are in reading order, but for positions: the first is the upper left one."""
     things = reading_order(things, P)
     n, shapes = len(things), {o.shape for o in things}
     found = {"places": ", ".join(f"{noun(o)} {where(o, P)}" for o in things)}
@@ -441,7 +451,7 @@ QUESTIONS = {
 }
 
 def ask(kind, things, rng, P):
-    """A question and its answer, or None. The answer is drawn first: none is commoner."""
+    """A question and its answer, or None; the answer evenly from those possible here."""
     options = QUESTIONS[kind](things, rng, P)
     if not options:
         return None
@@ -465,7 +475,7 @@ def dialogue(cfg, scene):
     return ids + last, answers + told
 
 # ==== 4. Proxies: what the model draws of a picture that it looks at
-# Well-separated colors; 0 is the background.
+# Targets: (cfg, scenes, Rendered) -> image. Color 0 is the background.
 PALETTE = torch.tensor([
     (0, 0, 0), (230, 25, 35), (40, 190, 60), (35, 70, 245), (250, 225, 25), (235, 60, 230),
     (50, 225, 235), (250, 140, 20), (250, 250, 250)]) / 255
@@ -552,7 +562,7 @@ def hole(x, g):
         image[:, top:top + half, left:left + half] = 0.5
     return x
 
-# ┌─ SGT, 2 of 3: arms differ in their row of this table alone
+# ┌─ SGT, 2 of 3: arms that draw differ in their row of this table alone
 
 PROXY_LEN = 6  # tokens of every prompt below
 Proxy = namedtuple("Proxy", "level prompt target spoil", defaults=[None])
@@ -600,7 +610,7 @@ def norm(x):
     return F.rms_norm(x, (x.shape[-1],))  # the next matrix can absorb a scale
 
 def matrix(*shape, gain=1.0):
-    """A weight (..., out, in), for Muon, whose outputs have about the variance of its inputs."""
+    """A weight (..., out, in), for Muon; with gain 1 outputs keep the variance of inputs."""
     weight = nn.Parameter(torch.randn(*shape) * gain / math.sqrt(shape[-1]))
     weight.is_matrix = True
     return weight
@@ -656,7 +666,7 @@ def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
     """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given;
     sees (S,) or, with a column `at` per sample, (B, S). By default all rows see all rows."""
     S, dtype = x.shape[1], compute_dtype(x.device)
-    if sees is None and torch.is_grad_enabled():  # else PyTorch's kernel is faster
+    if sees is None and torch.is_grad_enabled():  # else None: SDPA is faster
         sees = torch.full((S,), S, dtype=torch.int32, device=x.device)
     x = x.to(dtype)
     for i, block in enumerate(blocks):
@@ -679,7 +689,7 @@ class Stem(nn.Module):
     def forward(self, image):
         """image (B, 3, P, P) in [0, 1] -> (B, patches, width)."""
         p, k = self.patch, self.window
-        padded = F.pad(image * 2 - 1, ((k - p + 1) // 2,) * 4, mode="replicate")
+        padded = F.pad(image * 2 - 1, ((k - p) // 2,) * 4, mode="replicate")
         windows = padded.unfold(2, k, p).unfold(3, k, p)  # (B, 3, rows, columns, k, k)
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, patches, 3kk)
         return norm(linear(F.gelu(linear(windows, self.stem_in)), self.stem_out))
@@ -842,10 +852,11 @@ def losses(model, tokenizer, batch):
 def mask_codes(cfg, n, g):
     """Which codes of n pictures to hide (n, N): a share cos(pi/2 * u), u uniform (MaskGIT)."""
     count = (torch.cos(torch.rand(n, 1, generator=g) * math.pi / 2) * cfg.tokens).ceil()
-    return torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1) < count.clamp(min=1)
+    rank = torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1)  # each number once
+    return rank < count.clamp(min=1)
 
 def make_arm(cfg, base):
-    """Every arm is a copy of the base and trains on the same new questions and captions."""
+    """A copy of the base that trains (Run.load freezes); all arms see the same replay."""
     arm = UnifiedModel(cfg).to(base.word.device)
     arm.load_state_dict(base.state_dict())
     return arm
@@ -854,8 +865,12 @@ def make_arm(cfg, base):
 # Batches are functions of (stage, step) alone: a resumed run sees what it would have seen.
 
 def question_batch(cfg, split, step, n):
-    """Dialogues about plain scenes: image, text, answer."""
+    """Dialogues about plain scenes, or half of them about a few textured: image, text, answer."""
     scenes = sample(cfg, split, range(step * n, step * n + n), "questions")
+    if split == "arm" and cfg.textured_questions:
+        few = [i // 2 % cfg.textured_questions for i in range(step * n, step * n + n, 2)]
+        few = sample(cfg, "labelled", few, "questions")
+        scenes[::2] = [scene._replace(textured=True) for scene in few]
     ids, answers = zip(*(dialogue(cfg, scene) for scene in scenes))
     return render(cfg, scenes).image, pad(ids, TEXT_LEN), pad(answers, TEXT_LEN, -100)
 
@@ -940,13 +955,13 @@ def generate(model, tokenizer, texts, image=None, seed=0):
     MaskGIT (arXiv 2202.04200): all codes start masked; each step predicts them all and keeps the
     most confident, so that cos(pi/2 * step/steps) stay masked."""
     cfg, device = model.cfg, model.word.device
-    # a proxy leaves little open: two greedy steps beat twelve
+    # a proxy leaves little open: two greedy steps do
     steps, length, guidance, temperature = (2, PROXY_LEN, 1.0, 0.0) if image is not None else (
         cfg.sample_steps, PROMPT_LEN, cfg.guidance, cfg.temperature)
     shape, g = (steps, len(texts), cfg.tokens), torch.Generator().manual_seed(seed)
     gumbel = -torch.empty(shape).exponential_(generator=g).log()
     noise = torch.stack([torch.rand(shape, generator=g), gumbel], 1).to(device)
-    text = pad([encode(text) for text in texts], length)
+    text = pad([checked(text.lower(), length) for text in texts], length)
     if guidance != 1:  # the texts and as many empty ones, in one batch
         text = torch.cat([text, torch.full_like(text, PAD)])
     # on a GPU one CUDA graph, which lives as long as the model
@@ -955,12 +970,13 @@ def generate(model, tokenizer, texts, image=None, seed=0):
 
 @torch.no_grad()
 def answer(model, image, questions, limit=24):
-    """Greedy answers to one question about each image (B, 3, P, P)."""
+    """Greedy answers to one question about each image (B, 3, P, P), or to all about one."""
     device, U = model.word.device, model.cfg.patches
-    texts = [encode(question) for question in questions]
+    texts = [checked(normalize(question), TEXT_LEN - 8) for question in questions]
     longest = max(map(len, texts))
     limit = min(limit, TEXT_LEN - longest)
     length = torch.tensor([len(text) for text in texts], device=device)  # (B,)
+    image = image.expand(len(texts), -1, -1, -1)
     h, caches = prefill(model, image, pad(texts, longest).to(device), limit)
     h = h[torch.arange(len(texts)), U + length - 1]  # (B, D)
     words = torch.tensor([[text[-1]] for text in texts], device=device)  # (B, 1 + said)
@@ -1059,7 +1075,7 @@ def train_stage(run, cfg, stage, tokenizer, module):
             optimizer.load_state_dict(state["optimizer"])
     kept = [line for line in run.log() if line["stage"] != stage or line["step"] < start]
     run.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-    # On a GPU other processes make the batches, and a step is one launch.
+    # collate_fn makes a step's number a batch, on a GPU in other processes; a step is one launch.
     gpu, update = device.type == "cuda", GraphedStep(train_step)
     batches = DataLoader(range(start, steps), batch_size=None, pin_memory=gpu,
                          num_workers=gpu * min(8, torch.get_num_threads()),
@@ -1171,14 +1187,6 @@ def png(picture):
     picture.save(out := io.BytesIO(), "PNG")
     return out.getvalue()
 
-def checked(text, room):
-    """A text that the model can take; words that it does not know are named."""
-    if unknown := [word for word in re.findall(r"\w+", text) if word not in IDS]:
-        print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
-    if not re.search(r"\w", decode(encode(text))) or len(encode(text)) > room:
-        raise UserError(f"the text has {len(encode(text))} known words; give 1 to {room}")
-    return text
-
 def save_png(image, path):
     """Write (3, h, w), enlarged."""
     if path.suffix.lower() != ".png" or Run(path.absolute().parent.parent).has("config.json"):
@@ -1195,8 +1203,7 @@ def use(args, given):
     cfg, tokenizer, model, name = load_run(run, args.model, device)
     who = f"({run.folder}, model {name})"
     if args.generate:
-        text = checked(args.generate.lower(), PROMPT_LEN)
-        save_png(generate(model, tokenizer, [text], seed=seed)[0], out)
+        save_png(generate(model, tokenizer, [args.generate], seed=seed)[0], out)
         return print(f"wrote {out} {who}")
     image = read_image(args.segment or args.ask[0], cfg.image_size).to(device)
     if args.segment:  # what this model was trained to draw
@@ -1205,8 +1212,7 @@ def use(args, given):
         drawn = generate(model, tokenizer, [prompt], image)
         save_png(torch.cat([F.pad(image, (0, 1), value=1.0), drawn], -1)[0], out)
         return print(f"asked to {prompt} wrote {out} {who}")
-    question = checked(normalize(args.ask[1]), TEXT_LEN - 8)
-    print(answer(model, image, [question], limit=60)[0])
+    print(answer(model, image, [args.ask[1]], limit=60)[0])
     print(who, file=sys.stderr)
 
 class Parser(argparse.ArgumentParser):
