@@ -12,9 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import equal
 
-import eval as evaluation
+import eval as evals
 import kernels
 import sgt
 from sgt import (COLORS, PALETTE, PRESETS, PROXIES, QUESTIONS, RADII, SHAPES, Config, Scene, Thing,
                  UserError)
 
+parametrize = pytest.mark.parametrize
 HERE = Path(__file__).parent
 SOURCE = (HERE / "sgt.py").read_text("utf-8").splitlines()
-CFG = Config(**{**PRESETS["smoke"], "seed": 3, "encoder_depth": 2, "depth": 2})
+README = (HERE / "README.md").read_text("utf-8")
+CFG = Config(**PRESETS["smoke"] | dict(seed=3, encoder_depth=2, depth=2, textured_questions=3))
+CODES = argparse.Namespace(decode=lambda codes: codes)  # a tokenizer that shows the codes
 DRAWN = [name for name, proxy in PROXIES.items() if proxy.target]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 torch.set_num_threads(1)  # sums in another order are other bits
@@ -54,26 +58,22 @@ def models(cfg=CFG):
 
 def thing(color, shape, x, y, size="big"):
     return Thing(shape, color, size, x, y, 32 * RADII[size], 0)
-
 def scene_of(*things):
     return Scene("0/val/test/0", [o._replace(index=i) for i, o in enumerate(things, 1)])
-
 def val_scenes(n, textured=False):
     return [s._replace(textured=textured) for s in sgt.sample(CFG, "val", range(n), "masks")]
 
 def same(a, b):
     """Whether two batches are equal to the bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    return a is b if a is None else all(map(same, a, b))
+    return equal(a, b) if torch.is_tensor(a) else a is b or all(map(same, a, b))
 
-@pytest.mark.parametrize("name, lines, size", [
+@parametrize("name, lines, size", [
     ("sgt.py", 1300, 68000), ("eval.py", 500, 28000), ("kernels.py", 450, 24000),
     ("test_sgt.py", 900, 52000), ("README.md", 260, 18000)])
 def test_every_file_keeps_to_its_budget(name, lines, size):
     """A file that grows until nobody reads it."""
-    rows, readme = ((HERE / f).read_text("utf-8").splitlines() for f in (name, "README.md"))
-    counted = [row for row in readme if row.startswith(f"| {name} | {len(rows):,} |")]
+    rows = (HERE / name).read_text("utf-8").splitlines()
+    counted = f"\n| {name} | {len(rows):,} |" in README
     assert name == "README.md" or counted and max(map(len, rows)) <= 100
     assert len(rows) <= lines and (HERE / name).stat().st_size <= size
 
@@ -88,12 +88,12 @@ def test_the_method_stands_between_its_fences_and_is_short():
 def test_the_readme_quotes_the_loss_as_it_is_and_kernels_stand_alone():
     """A formula that the code has left behind; kernels that no other project can take."""
     line, = [line.strip() for line in SOURCE if line.strip().startswith("loss = 1.5 * text")]
-    assert line in (HERE / "README.md").read_text("utf-8")
+    assert line in README
     text = (HERE / "kernels.py").read_text("utf-8")
     assert "import torch" in text and not re.search(r"^\s*(from|import) (sgt|eval)\b", text, re.M)
 
 # ---- 1. config
-@pytest.mark.parametrize("field, value", [
+@parametrize("field, value", [
     ("image_size", 60), ("image_size", 24), ("patch", 0), ("fsq_levels", "8,x"), ("width", 100),
     ("head_dim", 12), ("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("base_steps", -1),
     ("depth", 0), ("proxies", "none,sky"), ("proxies", "none,none"), ("proxies", ""),
@@ -118,7 +118,7 @@ def test_a_scene_and_its_picture_depend_on_its_key_alone():
     for other in others:
         assert sum(a.things == b.things for a, b in zip(many, other)) < 4
 
-@pytest.mark.parametrize("preset", ["tiny", "base"])
+@parametrize("preset", ["tiny", "base"])
 def test_objects_stay_inside_and_apart_but_for_one_pair(preset):
     """Shapes that the border cuts off; two objects that merge; nothing to ask about occlusion."""
     cfg, seen = Config(**PRESETS[preset]), Counter()
@@ -139,8 +139,7 @@ def test_objects_stay_inside_and_apart_but_for_one_pair(preset):
 def test_a_picture_shows_its_objects_where_the_instance_map_says():
     """A map that does not lie on the object; the wrong object in front."""
     scenes = val_scenes(100)
-    r = sgt.render(CFG, scenes)
-    for scene, image, instance in zip(scenes, r.image, r.instance):
+    for scene, image, instance in zip(scenes, *sgt.render(CFG, scenes)):
         for o in scene.things:
             mask = instance == o.index
             assert mask.sum() >= 3
@@ -152,10 +151,15 @@ def test_a_picture_shows_its_objects_where_the_instance_map_says():
 def test_the_textured_twin_has_the_same_shapes_and_other_pixels():
     """Two looks of which one is another world, or the same picture."""
     plain, textured = (sgt.render(CFG, val_scenes(20, look)) for look in (False, True))
-    assert torch.equal(plain.instance, textured.instance)
+    assert equal(plain.instance, textured.instance)
     change = (plain.image - textured.image).abs().mean(1)
     assert min(change[plain.instance == 0].mean(), change[plain.instance > 0].mean()) > 0.05
     assert {s.textured for s in sgt.sample(CFG, "arm", range(20), "masks")} == {False, True}
+    # an arm is asked about the same few textured scenes again and again
+    images = torch.cat([sgt.question_batch(CFG, "arm", step, 4)[0] for step in range(3)])
+    few, plain = images[::2], images[1::2]
+    assert equal(few[:3], few[3:]) and len(images.unique(dim=0)) == 3 + 6
+    assert few.diff().abs().mean((1, 2, 3)).min() > 1.5 * plain.diff().abs().mean((1, 2, 3)).max()
 
 # ---- 3. language
 def everything_asked(things, P=32, times=300):
@@ -224,7 +228,7 @@ def test_no_answer_is_common_only_because_scenes_make_it_so():
         said = Counter(turn[1] for turn in turns if turn)
         assert max(said.values()) < most * said.total(), kind
 
-@pytest.mark.parametrize("text", [
+@parametrize("text", [
     "Is there an image?", "is there a image", "  IS THERE\n A IMAGE ?? ", "Is there a image.?",
     "Is there an image in the image?", "Please, is there an image in this photo?",
     "Is there a image? Please answer yes or no.", "Is there a image? Answer with 'yes' or 'no'"])
@@ -248,10 +252,10 @@ def test_targets_of_a_scene_made_by_hand():
     instance = sgt.render(CFG, [scene]).instance[0]
     target = {name: sgt.draw_proxy(CFG, name, [scene])[2][0] for name in DRAWN}
     pixels = lambda name: target[name][:, [0, 8, 18, 16], [0, 8, 11, 24]].T
-    assert torch.equal(pixels("instance"), PALETTE[:4]) and torch.pdist(PALETTE).min() > 0.3
+    assert equal(pixels("instance"), PALETTE[:4]) and torch.pdist(PALETTE).min() > 0.3
     both = [scene, scene_of(*scene.things[:2])]  # the control: masks of another picture
     right, wrong = (sgt.draw_proxy(CFG, name, both)[2] for name in ("instance", "shuffled"))
-    assert torch.equal(wrong, right.flip(0)) and not torch.equal(wrong, right)
+    assert equal(wrong, right.flip(0)) and not equal(wrong, right)
     ground, a, _, b = pixels("panoptic")
     assert (ground == 0.5).all() and a.norm() > b.norm()
     assert torch.allclose(a / a.norm(), b / b.norm(), atol=1e-5)
@@ -259,12 +263,12 @@ def test_targets_of_a_scene_made_by_hand():
         one = scene._replace(key=f"0/val/test/{key}")
         _, (prompt,), drawn = sgt.draw_proxy(CFG, "referring", [one])
         index, = [o.index for o in one.things if f"{o.color} {o.shape}" in prompt]
-        assert torch.equal(drawn[0].min(0).values > 0.9, instance == index)
+        assert equal(drawn[0].min(0).values > 0.9, instance == index)
     y, x = (instance == 2).nonzero(as_tuple=True)
     box = torch.zeros(32, 32, dtype=torch.bool)
     box[y.min():y.max() + 1, x.min():x.max() + 1] = True
     box[y.min() + 1:y.max(), x.min() + 1:x.max()] = False
-    assert torch.equal((target["boxes"] == PALETTE[3][:, None, None]).all(0), box)
+    assert equal((target["boxes"] == PALETTE[3][:, None, None]).all(0), box)
     ground, small, ring, big = pixels("depth")[:, 0]
     assert ring > big > small > target["depth"][0, 31, 0] > ground
     moved = scene._replace(things=[o._replace(x=o.x - o.y / 6) for o in scene.things])
@@ -272,18 +276,18 @@ def test_targets_of_a_scene_made_by_hand():
     edges = target["edges"][0]
     assert edges[2, 16] == edges[8, 8] == 0 and edges[16, x.min()] > 0.5 < edges[y.max(), 24]
 
-@pytest.mark.parametrize("name", DRAWN)
+@parametrize("name", DRAWN)
 def test_arms_differ_in_the_target_alone_which_is_a_picture(name):
     """An arm that sees other pictures, masks or replay than its rivals; noise from nowhere."""
     ours, other = (sgt.make_batch(CFG, arm, 5) for arm in (name, "instance"))
     assert same(ours[:2], other[:2]) and same(ours[:2], sgt.make_batch(CFG, "none", 5)[:2])
-    assert torch.equal(ours.proxy[3], other.proxy[3]) and not same(
+    assert equal(ours.proxy[3], other.proxy[3]) and not same(
         ours[:2], sgt.make_batch(CFG, name, 6)[:2])
     image, _, target, _ = ours.proxy
-    assert torch.equal(image, other.proxy[0]) == (PROXIES[name].spoil is None)
-    assert name == "instance" or not torch.equal(target, other.proxy[2])
+    assert equal(image, other.proxy[0]) == (PROXIES[name].spoil is None)
+    assert name == "instance" or not equal(target, other.proxy[2])
     if PROXIES[name].spoil or name == "reconstruction":
-        assert torch.equal(target, other.proxy[0])
+        assert equal(target, other.proxy[0])
     assert image.shape == target.shape == (CFG.draws, 3, 32, 32)
     assert 0 <= min(image.min(), target.min()) and max(image.max(), target.max()) <= 1
     assert same(sgt.make_batch(CFG, name, 5).proxy, ours.proxy)
@@ -298,7 +302,7 @@ def test_rotary_embeddings_know_where_one_is_from_the_other():
     assert math.isclose(here, score(10.0, 12.0, 12.0, 13.0), abs_tol=1e-4)
     assert abs(here - score(3.0, 5.0, 5.0, 9.0)) > 1e-3 < abs(here - score(3.0, 5.0, 7.0, 6.0))
 
-@pytest.mark.parametrize("preset", ["tiny", "base"])
+@parametrize("preset", ["tiny", "base"])
 def test_every_code_is_a_point_and_every_point_its_code(preset, monkeypatch):
     """Codes that nothing can reach; a decoder that reads the channels in another order."""
     tokenizer = sgt.VisionTokenizer(Config(**PRESETS[preset]))
@@ -306,7 +310,7 @@ def test_every_code_is_a_point_and_every_point_its_code(preset, monkeypatch):
     monkeypatch.setattr(tokenizer, "reconstruct", lambda x: points.append(x[0]) or x)
     tokenizer.decode(codes[None])
     again, found = tokenizer.quantize(points[0].atanh())
-    assert torch.equal(found, codes) and torch.allclose(again, points[0], atol=1e-6)
+    assert equal(found, codes) and torch.allclose(again, points[0], atol=1e-6)
     assert len(again.unique(dim=0)) == len(codes)
 
 def test_rounding_is_exact_in_value_and_straight_through_in_gradient():
@@ -323,7 +327,7 @@ def test_rounding_is_exact_in_value_and_straight_through_in_gradient():
 
 # ---- 7. the model
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["understand", "generate", "proxy"])
+@parametrize("layout", ["understand", "generate", "proxy"])
 def test_what_a_row_may_not_see_does_not_change_it_by_a_bit(layout, exact):
     """A leak: the target into the text, the answer into the question, words into the patches."""
     _, model = models()
@@ -360,9 +364,9 @@ def test_the_target_is_supervised_and_not_the_picture(spied):
     (tokenizer, model), batch = models(), sgt.make_batch(CFG, "instance", 0)
     sgt.losses(model, tokenizer, batch)
     (_, drawn), (_, target) = spied[-2:]
-    assert torch.equal(target, tokenizer.encode(batch.proxy[2]))
-    assert not torch.equal(target, tokenizer.encode(batch.proxy[0]))
-    assert torch.equal(drawn, tokenizer.encode(batch.captions[2]))
+    assert equal(target, tokenizer.encode(batch.proxy[2]))
+    assert not equal(target, tokenizer.encode(batch.proxy[0]))
+    assert equal(drawn, tokenizer.encode(batch.captions[2]))
 
 def test_the_picture_enters_a_drawing_through_the_vision_encoder_alone(exact, monkeypatch):
     """A way around the encoder: codes of the picture in the row, and nothing learns to see."""
@@ -375,18 +379,18 @@ def test_the_picture_enters_a_drawing_through_the_vision_encoder_alone(exact, mo
     features = model.see(image).detach()
     monkeypatch.setattr(model, "see", lambda image: features)
     blind = [sgt.image_loss(model, tokenizer, x, *rest) for x in (image, torch.zeros_like(image))]
-    assert torch.equal(*blind)
+    assert equal(*blind)
 
 def test_the_picture_loss_is_on_hidden_codes_and_they_are_hidden(exact, monkeypatch, spied):
     """Copying what is visible counted as learning; a target that can be read in the row."""
     (tokenizer, model), proxy = models(), sgt.make_batch(CFG, "depth", 1).proxy
     sgt.image_loss(model, tokenizer, *proxy).backward()
     (h, codes), = spied
-    assert torch.equal(h.grad.abs().sum(-1) > 0, proxy[3])
+    assert equal(h.grad.abs().sum(-1) > 0, proxy[3])
     other = torch.where(proxy[3], (codes + 1) % CFG.codebook, codes)
     monkeypatch.setattr(tokenizer, "encode", lambda image: other)
     sgt.image_loss(model, tokenizer, *proxy)
-    assert torch.equal(spied[1][0], h)
+    assert equal(spied[1][0], h)
 
 def test_padding_is_never_a_target_and_never_seen(exact):
     """A model that learns to say nothing."""
@@ -396,8 +400,8 @@ def test_padding_is_never_a_target_and_never_seen(exact):
         end = int(row.nonzero().max())
         assert said[end] == sgt.END and (said[end + 1:] == -100).all()
         changed[end + 1:] = 9
-    assert not torch.equal(text, other)
-    assert torch.equal(*(sgt.text_loss(model, image, t, answer) for t in (text, other)))
+    assert not equal(text, other)
+    assert equal(*(sgt.text_loss(model, image, t, answer) for t in (text, other)))
 
 def test_each_loss_is_the_mean_over_its_own_tokens(exact):
     """A proxy that thins out the replay: arms would differ in their learning rate."""
@@ -413,9 +417,8 @@ def test_each_loss_is_the_mean_over_its_own_tokens(exact):
 
 def test_the_hidden_share_follows_the_cosine_and_is_never_empty():
     """An inverted schedule; a picture without a loss; the same places each time."""
-    is_masked = sgt.mask_codes(CFG, 4000, torch.Generator().manual_seed(0))
-    share = is_masked.float().mean(1)
-    places = (is_masked.float().mean(0) - 2 / math.pi).abs()
+    is_masked = sgt.mask_codes(CFG, 4000, torch.Generator().manual_seed(0)).float()
+    share, places = is_masked.mean(1), (is_masked.mean(0) - 2 / math.pi).abs()
     assert share.min() > 0 and places.mean() < 0.02 and places.max() < 0.05
 
 def test_the_first_losses_are_a_uniform_guess_and_an_arm_is_a_copy():
@@ -426,7 +429,7 @@ def test_the_first_losses_are_a_uniform_guess_and_an_arm_is_a_copy():
     expected = torch.tensor([len(sgt.WORDS), CFG.codebook, CFG.codebook]).log()
     assert torch.allclose(found, expected, rtol=1e-5)
     arm = sgt.make_arm(CFG, base)
-    assert all(map(torch.equal, arm.parameters(), base.parameters()))
+    assert all(map(equal, arm.parameters(), base.parameters()))
     assert not {p.data_ptr() for p in arm.parameters()} & {p.data_ptr() for p in base.parameters()}
     matrices = kernels.Optimizer(arm, 0.1, 0.1).param_groups[0]["params"]
     assert len(matrices) == 2 + 4 * (CFG.encoder_depth + CFG.depth)
@@ -446,11 +449,11 @@ def test_cached_answers_are_those_of_reading_everything_again(exact):
             ids.append(int((h[0, -1] @ model.text_head.T).argmax()))
         assert answer == sgt.decode(ids[-7:]) == sgt.answer(model, image, [question], limit=7)[0]
     assert len(set(together)) > 1
-
-CODES = argparse.Namespace(decode=lambda codes: codes)  # a tokenizer that shows the codes
+    shouted = sgt.answer(model, images[:1], [f"{q} Please!".upper() for q in questions], limit=7)
+    assert shouted[0] == together[0]
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance, looks", [(1.0, False), (2.5, False), (2.5, True)])
+@parametrize("guidance, looks", [(1.0, False), (2.5, False), (2.5, True)])
 def test_a_greedy_picture_is_that_of_a_loop_of_full_passes(guidance, looks, exact):
     """An inverted schedule, codes that change after they were fixed, guidance the wrong way."""
     _, model = models(dataclasses.replace(CFG, guidance=guidance, temperature=0.0))
@@ -469,18 +472,17 @@ def test_a_greedy_picture_is_that_of_a_loop_of_full_passes(guidance, looks, exac
         codes = torch.where(codes < CFG.codebook, codes, choice)
         still = int(CFG.tokens * math.cos(math.pi / 2 * step / steps) + 1e-6)
         codes = codes.scatter(1, sure.argsort(1)[:, :still], CFG.codebook)
-    assert torch.equal(drawn, codes) and codes.max() < CFG.codebook
+    assert equal(drawn, codes) and codes.max() < CFG.codebook
 
 def test_a_seed_decides_the_picture_and_every_code_is_drawn(exact):
     """A picture that cannot be drawn twice; a code that stays masked; no guidance that guides."""
-    def draw(seed, guidance):
-        _, model = models(dataclasses.replace(CFG, guidance=guidance))
-        return sgt.generate(model, CODES, ["a ring"], seed=seed)
+    model = lambda guidance: models(dataclasses.replace(CFG, guidance=guidance))[1]
+    draw = lambda seed, guidance: sgt.generate(model(guidance), CODES, ["a ring"], seed=seed)
     first = draw(1, 1.0)
     assert first.shape == (1, CFG.tokens) and 0 <= first.min() and first.max() < CFG.codebook
     torch.manual_seed(1)
-    assert torch.equal(first, draw(1, 1.0)) and (draw(1, 1 + 1e-6) == first).float().mean() > 0.9
-    assert not torch.equal(first, draw(2, 1.0)) and not torch.equal(first, draw(1, 3.0))
+    assert equal(first, draw(1, 1.0)) and (draw(1, 1 + 1e-6) == first).float().mean() > 0.9
+    assert not equal(first, draw(2, 1.0)) and not equal(first, draw(1, 3.0))
 
 # ---- 9. training and the run folder
 SMOKE = ["--train", "--preset", "smoke", "--threads", "1"]
@@ -517,8 +519,8 @@ def copied(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    monkeypatch.setattr(evaluation, "evaluate", lambda run, device: None)
-    monkeypatch.setattr(evaluation, "show", lambda run: "no report")
+    monkeypatch.setattr(evals, "evaluate", lambda run, device: None)
+    monkeypatch.setattr(evals, "show", lambda run: "no report")
 
 def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(trained):
     """A missing file; a run that trains again; a report that ASCII or `| head` breaks."""
@@ -536,6 +538,8 @@ def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(t
     assert "step: t" in page and not re.search(r'<script|<link|src="(?!data:)|url\(|://', page)
     assert page.count("<svg") == 5 and page.count("<img") == 2 and page.count(" SGT |") == 5
 
+TYPED = ["", "-1", "nan", "1e400", "x", "9" * 30, "--", "\0", "💥", "../..", "[" * 5000]
+EDITED = [None, [], {}, "x", -1, 0.5, True, "", 1e308, [[]], "3"]
 MICRO = [*SMOKE, "--tok-steps=4", "--base-steps=4", "--arm-steps=3", "--save-every=2",
          "--proxies=none,instance"]
 
@@ -544,9 +548,8 @@ def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
     """State not saved: momentum, step, place in the data; lines logged twice."""
     stops = [("tokenizer", 3), ("base", 2), ("none", 1), ("instance", 2)]
     whole, halves, thread = ([*MICRO, "--run", str(tmp_path / name)] for name in "abc")
-    one = threading.Thread(target=sgt.main, args=[thread])
-    one.start()
-    one.join()
+    with ThreadPoolExecutor() as threads:
+        threads.submit(sgt.main, thread)
     assert sgt.main(whole) == 0
     real = sgt.make_batch
     def make_batch(cfg, stage, step):
@@ -584,7 +587,7 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
     theirs, base = contents(copied), ["--train", "--base", "smoke", "--threads", "1", "--run"]
     for wrong in ("--width=128", "--seed=1", "--preset=tiny", "--base=nowhere"):
         assert refused(sgt.main([*base, "other", wrong]), capsys.readouterr().err)
-    for equal, options in [
+    for alike, options in [
             ("tokenizer base none instance", "--save-every 1"),
             ("tokenizer base none", "--ratio 0"), ("tokenizer base", "--arm-batch 3"),
             ("tokenizer base none", "--arm-scenes 2 --proxies none,depth")]:
@@ -593,7 +596,7 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
         ours = contents("runs/other")
         for stage in ("tokenizer", "base", "none", "instance"):
             name = f"{stage}.safetensors"
-            assert name not in ours or (ours[name] == theirs[name]) == (stage in equal)
+            assert name not in ours or (ours[name] == theirs[name]) == (stage in alike)
         if options == "--ratio 0":
             assert ours["instance.safetensors"] == theirs["none.safetensors"]
 
@@ -648,13 +651,13 @@ def test_the_verbs_use_the_newest_run_from_anywhere(copied, tmp_path, capsys, mo
 
 def test_the_lines_for_a_notebook_in_the_readme_run_as_written(copied):
     """A snippet that the code has left behind."""
-    lines, = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)
+    lines, = re.findall("```python\n(.*?)```", README, re.S)
     exec(re.sub(r'"scenes.*png"', '"red.png"', lines.replace("runs/tiny", "runs/smoke")), got := {})
     assert got["masks"].size == got["drawn"].size == (32, 32)
 
 def test_every_lab_of_the_readme_can_be_done():
     """A lab whose line is gone, or that crashes."""
-    labs = (HERE / "README.md").read_text("utf-8").split("## Eight labs")[1].split("\n- **(")[1:]
+    labs = README.split("## Eight labs")[1].split("\n- **(")[1:]
     for lab in labs:
         text = "\n".join(SOURCE)
         for old, new in re.findall(r"`([^`]+)`\s→\s`([^`]+)`", lab):
@@ -666,8 +669,8 @@ def test_every_lab_of_the_readme_can_be_done():
         assert made["losses"](model, tokenizer, made["make_batch"](CFG, arm, 0))["loss"].isfinite()
     assert len(labs) == 8
 
-@pytest.mark.parametrize("line", re.split(r";\s*", """; --trian; --train --base-step 3;
---train --lr nan; --train --depth -1; --train --preset huge; --train --run red.png/x;
+@parametrize("line", re.split(r";\s*", """; --trian; --train --base-step 3; --train --lr nan;
+--train --depth -1; --train --preset huge; --train --run red.png/x;
 --train --preset smoke --depth 3; --train --run notes/../red.png; --train --model none;
 --train --ratio 0.05; --segment; --train --device tpu; --ask red.png; --ask no.png what?;
 --ask notes what?; --ask junk.png what?; --ask red.png what? --image-size 64; --generate=;
@@ -684,16 +687,16 @@ def test_a_mistake_is_one_line_and_changes_nothing(line, copied, capsys, monkeyp
     assert contents(".") == before
 
 # ---- eval.py
-@pytest.mark.parametrize("preset", ["tiny", "base"])
+@parametrize("preset", ["tiny", "base"])
 def test_the_judge_parses_true_pictures_and_is_not_easily_pleased(preset):
     """A judge whose mistakes look like the model's, or who says yes to anything."""
     cfg = Config(**PRESETS[preset])
-    items = evaluation.collect(cfg, evaluation.GENEVAL, 120, "captions", evaluation.prompt)
+    items = evals.collect(cfg, evals.GENEVAL, 120, "captions", evals.prompt)
     images = sgt.render(cfg, [item.scene for item in items]).image
-    score = lambda items, images: evaluation.pictures_score(items, images)["average"]
+    score = lambda items, images: evals.pictures_score(items, images)["average"]
     assert score(items, images) >= 99 and score(items, images.roll(7, 0)) < 35
     assert score(items, torch.rand(images.shape, generator=torch.Generator().manual_seed(0))) < 5
-    for item, found in zip(items[::4], evaluation.judge(images[::4])):
+    for item, found in zip(items[::4], evals.judge(images[::4])):
         about = lambda o: (round(o.y / 4), round(o.x / 4), *o[:3])
         assert sorted(map(about, found)) == sorted(map(about, item.scene.things))
 
@@ -706,9 +709,9 @@ def test_prompts_are_judged_by_the_rules_of_geneval():
             ("counting", [a, a], [a, c, b], [a, a, a]), ("counting", [a, a], [a, a], [a]),
             ("colors", [a], [b, a], [c]), ("attribution", [a, b], [b, a], [c, d]),
             ("position", [a, b], [a, d, b._replace(x=2)], [a._replace(x=24), b._replace(x=8)])]:
-        item = evaluation.Item(kind, scene_of(*wanted), "a circle left of a square")
-        assert evaluation.satisfied(item, right) and not evaluation.satisfied(item, wrong), kind
-        assert not evaluation.satisfied(item, [])
+        item = evals.Item(kind, scene_of(*wanted), "a circle left of a square")
+        assert evals.satisfied(item, right) and not evals.satisfied(item, wrong), kind
+        assert not evals.satisfied(item, [])
 
 def test_panoptic_quality_of_cases_worked_by_hand():
     """Misses that do not count, a match at half an overlap, nothing divided by nothing."""
@@ -717,12 +720,12 @@ def test_panoptic_quality_of_cases_worked_by_hand():
     part, half, far, nothing = square.clone(), square.clone(), square.roll(4, 1), square[:0]
     part[0, 3] = False  # 12 of 16 pixels: IoU 0.75
     half[0, 2:] = False  # IoU 0.5 is no match
-    quality = lambda p, t: evaluation.panoptic_quality([p], [t])
+    quality = lambda p, t: evals.panoptic_quality([p], [t])
     assert quality(square, square) == quality(nothing, nothing) == 100
     assert quality(half, square) == quality(nothing, square) == quality(square, nothing) == 0
     assert quality(part, square) == 75
     assert math.isclose(quality(torch.cat([square, far]), square), 100 / 1.5, rel_tol=1e-6)
-    assert evaluation.panoptic_quality([part, nothing], [square, far]) == 50
+    assert evals.panoptic_quality([part, nothing], [square, far]) == 50
 
 def test_exported_masks_score_by_default_cocoeval_what_the_command_says(
         copied, tmp_path, capsys, monkeypatch):
@@ -730,33 +733,32 @@ def test_exported_masks_score_by_default_cocoeval_what_the_command_says(
     cfg, folder = sgt.Run("runs/smoke").config(), tmp_path / "new"
     scenes = sgt.sample(cfg, "val", range(cfg.eval_masks), "masks")
     right, truth = sgt.draw_proxy(cfg, "instance", scenes)[2], sgt.render(cfg, scenes).instance
-    truth = evaluation.true_masks(truth)
+    truth = evals.true_masks(truth)
     wrong = torch.cat([right[:3], right[3:].roll(1, 0)])  # most are of another picture
     for name, drawn in (("right", right), ("wrong", wrong)):
         monkeypatch.setattr(sgt, "generate", lambda *args, **options: drawn)
-        assert evaluation.main(["smoke", "--export", str(folder / name)]) == 0
+        assert evals.main(["smoke", "--export", str(folder / name)]) == 0
         said = capsys.readouterr().out
-        coco = evaluation.COCO(folder / name / "textured/instances.json")
+        coco = evals.COCO(folder / name / "textured/instances.json")
         for i, masks in enumerate(truth, 1):
             assert np.array_equal([coco.annToMask(a) for a in coco.imgToAnns[i]], masks.numpy())
         results = coco.loadRes(str(folder / name / "textured/results.json"))
-        measured = evaluation.COCOeval(coco, results, "segm")
-        measured.evaluate()
-        measured.accumulate()
-        measured.summarize()
+        measured = evals.COCOeval(coco, results, "segm")
+        for step in (measured.evaluate, measured.accumulate, measured.summarize):
+            step()
         assert f"AP, textured {100 * measured.stats[0]:.1f}" in said
         assert (name == "right") == ("AP, textured 100.0" in said) == ("PQ, textured 100.0" in said)
-    assert refused(evaluation.main(["smoke", "--export", str(folder)]), capsys.readouterr().err)
+    assert refused(evals.main(["smoke", "--export", str(folder)]), capsys.readouterr().err)
 
 def test_baselines_and_probes_see_no_answers():
     """A guess that knows the truth; a probe that is scored on what it was fitted to."""
     for kind, text, truths in (("existence", "is there a red ring?", ["yes", "no"]),
                                ("counting", "a text that never was", sgt.NUMBERS)):
-        items = [evaluation.Item(kind, None, text, truth) for truth in truths]
-        assert sum(evaluation.question_only(CFG, items)) == 1
+        items = [evals.Item(kind, None, text, truth) for truth in truths]
+        assert sum(evals.question_only(CFG, items)) == 1
     y, nothing = torch.randint(0, 3, (600,)), torch.randn(600, 200)
     linear = F.one_hot(y, 3) + 0.3 * torch.randn(600, 3)
-    assert evaluation.probe(linear, y) > 95 and evaluation.probe(nothing, y) < 45
+    assert evals.probe(linear, y) > 95 and evals.probe(nothing, y) < 45
 
 def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, capsys):
     """A mean over runs with other settings, or one run twice; a report that depends on chance."""
@@ -769,12 +771,12 @@ def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, cap
     mean = report["models"]["none"]["textured"]["average"] + 5
     report["models"]["none"]["textured"]["average"] += 10
     other.write_text(json.dumps(report))
-    assert evaluation.main(["smoke", "other"]) == 0
+    assert evals.main(["smoke", "other"]) == 0
     said = capsys.readouterr().out
     assert f"{mean:.1f} ± 5.0" in said and re.search(r"\| SGT .*[+-]\d+\.\d \+7\.0 +\|", said)
     for wrong in ({"lr": 1.0}, {"seed": 0}):
         other.write_text(json.dumps({**report, "config": {**report["config"], **wrong}}))
-        assert refused(evaluation.main(["smoke", "other"]), capsys.readouterr().err)
+        assert refused(evals.main(["smoke", "other"]), capsys.readouterr().err)
 
 def test_the_check_passes_and_an_unknown_setting_of_the_environment_is_refused():
     """A kernel that is wrong on this machine; a typo that silently measures something else."""
@@ -783,8 +785,8 @@ def test_the_check_passes_and_an_unknown_setting_of_the_environment_is_refused()
     assert done[0].returncode == 0 and "all agree" in done[0].stdout, done[0].stdout
     assert all(refused(each.returncode, each.stderr) for each in done[1:])
 
-@pytest.mark.parametrize("backend", ["reference", "bmm", "sdpa"])
-@pytest.mark.parametrize("sees", [[3, 3, 3, 0, 5, 6, 9], [[9] * 7, [1, 2, 3, 4, 5, 0, 8]]])
+@parametrize("backend", ["reference", "bmm", "sdpa"])
+@parametrize("sees", [[3, 3, 3, 0, 5, 6, 9], [[9] * 7, [1, 2, 3, 4, 5, 0, 8]]])
 def test_attention_is_its_definition_in_value_and_gradient(backend, sees):
     """A wrong backward pass; NaN from a row that sees nothing; a leak of a bit."""
     sees, rows = torch.tensor(sees), []
@@ -800,13 +802,13 @@ def test_attention_is_its_definition_in_value_and_gradient(backend, sees):
         assert torch.allclose(x, y, atol=1e-12)
     loud = [x.detach().index_fill(2, torch.tensor([5]), value) for x, value in ((k, 30), (v, -999))]
     changed = (kernels.BACKENDS[backend](q, *loud, sees) != out).any(-1)
-    assert torch.equal(changed, (sees > 5).expand(2, 7)[:, None].expand(2, 3, 7))
+    assert equal(changed, (sees > 5).expand(2, 7)[:, None].expand(2, 3, 7))
 
 def test_a_cache_is_written_where_it_is_told_and_a_mask_can_be_drawn():
     """Keys of one sample in the column of another; a picture of another mask."""
     cache, new = kernels.KVCache(*torch.zeros(2, 2, 1, 6, 4)), torch.rand(2, 1, 2, 4)
     k, v = cache.put(new, -new, 1)
-    assert k.shape == (2, 1, 3, 4) and torch.equal(k[:, :, 1:], new) and torch.equal(v, -k)
+    assert k.shape == (2, 1, 3, 4) and equal(k[:, :, 1:], new) and equal(v, -k)
     k, _ = cache.put(new[:, :, :1] + 9, new[:, :, :1], torch.tensor([0, 5]))
     assert (k[:, 0, :, 0] > 9).tolist() == [[True] + [False] * 5, [False] * 5 + [True]]
     assert kernels.draw(kernels.staircase(2, 2, 1)) == "##...\n##...\n###..\n####.\n#####"
@@ -856,14 +858,11 @@ def test_the_compiled_block_is_the_block_for_every_length(exact, monkeypatch, ca
         assert torch.allclose(plain, compiled, atol=1e-4, rtol=1e-3)
     assert "not compiled" not in capsys.readouterr().out
 
-TYPED = ["", "-1", "nan", "1e400", "x", "9" * 30, "--", "\0", "💥", "../..", "[" * 5000]
-EDITED = [None, [], {}, "x", -1, 0.5, True, "", 1e308, [[]], "3"]
-
 def test_nothing_that_a_person_types_or_edits_ends_in_a_traceback(copied, capsys, monkeypatch):
     """Whatever the tests above did not think of."""
     rng, faults = random.Random(0), []
     monkeypatch.setattr(sgt, "train_stage", None)
-    monkeypatch.setattr(evaluation, "evaluate", None)
+    monkeypatch.setattr(evals, "evaluate", None)
     def attempt(about, main, *args):
         before = contents(".")
         try:
@@ -882,9 +881,9 @@ def test_nothing_that_a_person_types_or_edits_ends_in_a_traceback(copied, capsys
                      ["--generate", value], ["--generate", "ring", f"--run={value}"],
                      ["--generate", "ring", f"--model={value}"]):
             attempt(verb, sgt.main, *verb)
-        attempt(value, evaluation.main, value)
+        attempt(value, evals.main, value)
     for file, main, args in (("config.json", sgt.main, ["--ask", "red.png", "a ring"]),
-                             ("report.json", evaluation.main, ["smoke"])):
+                             ("report.json", evals.main, ["smoke"])):
         kept = (copied / file).read_bytes()
         whole = json.loads(kept)
         texts = [json.dumps(value) for value in EDITED] + [kept[:-2].decode(), "[" * 9999]
