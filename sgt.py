@@ -1000,8 +1000,11 @@ def read(path, reader, advice="delete it and --train"):
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"cannot use {path} ({why}); {advice}") from None
 
+CODE = Path(__file__).read_bytes()
+
 class Run:
-    """A folder: config.json, log.jsonl, *.safetensors, samples/, report.json, .md and .html."""
+    """A folder: config.json, log.jsonl, *.safetensors, samples/, report.json, .md and .html, and
+    the sgt.py that it began with."""
     def __init__(self, folder):
         self.folder = Path(folder)
 
@@ -1041,6 +1044,7 @@ class Run:
             raise UserError(f"{self.folder} is there and is no run; choose another with --run")
         else:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
+            self.write("sgt.py", CODE)
 
     def load(self, stage, module):
         """Weights of a stage, into a module that will not be trained."""
@@ -1124,6 +1128,9 @@ def train(cfg, folder, base=None):
         raise UserError(f"cannot lock {run.folder} ({e}); is it being trained elsewhere?") from None
     with lock:  # freed at its end
         run.open(cfg)  # another may have come first
+        if run.has("sgt.py") and (run.folder / "sgt.py").read_bytes() != CODE:
+            print(f"note: {run.folder} began with another sgt.py, kept there; to train this one, "
+                  "choose another --run", file=sys.stderr)
         for name in ("tokenizer.safetensors", "base.safetensors") if base else ():
             if not run.has(name):
                 run.write(name, (base.folder / name).read_bytes())
@@ -1189,7 +1196,8 @@ def png(picture):
 
 def save_png(image, path):
     """Write (3, h, w), enlarged."""
-    if path.suffix.lower() != ".png" or Run(path.absolute().parent.parent).has("config.json"):
+    runs = [folder for folder in path.absolute().parents[:2] if Run(folder).has("config.json")]
+    if path.suffix.lower() != ".png" or runs:
         raise UserError(f"will not write {path}; give --out a .png outside of runs")
     picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.NEAREST)
     Run(path.parent).write(path.name, png(picture))
@@ -1222,7 +1230,8 @@ class Parser(argparse.ArgumentParser):
 def parser():
     p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     verb = p.add_mutually_exclusive_group(required=True)
-    verb.add_argument("--train", action="store_true", help="train and compare, or go on")
+    verb.add_argument("--train", action="store_true",
+                      help="train and compare, 14 minutes on two cores; or go on")
     verb.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question")
     verb.add_argument("--segment", metavar="IMAGE", help="draw the masks, or what --model draws")
     verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")
@@ -1232,8 +1241,7 @@ def parser():
     p.add_argument("--model", help="base, none (SFT), instance (SGT, the default), ...")
     p.add_argument("--out", help="where to draw (default: out.png)")
     settings = p.add_argument_group("settings (defaults: preset tiny)")
-    source = Path(__file__).read_text(encoding="utf-8")
-    help_of = dict(re.findall(r"^    (\w+): \w+ = .*?# *(.+)$", source, re.M))
+    help_of = dict(re.findall(r"^    (\w+): \w+ = .*?# *(.+)$", CODE.decode(), re.M))
     for field in dataclasses.fields(Config):
         kind = {"type": type(field.default), "metavar": field.type.upper()}
         if field.type == "bool":

@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations, groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import equal
+from torch import allclose, equal
 
 import eval as evals
 import kernels
@@ -129,7 +129,7 @@ def test_objects_stay_inside_and_apart_but_for_one_pair(preset):
             for o in scene.things:
                 seen.update([o.shape, o.color, o.size])
                 assert o.radius <= min(o.x, o.y) <= max(o.x, o.y) <= cfg.image_size - o.radius
-            close = [(a, b) for a, b in itertools.combinations(scene.things, 2)
+            close = [(a, b) for a, b in combinations(scene.things, 2)
                      if max(abs(a.x - b.x), abs(a.y - b.y)) < a.radius + b.radius + 0.99]
             assert len(close) <= most and all(a.color != b.color for a, b in close)
             pairs += len(close)
@@ -165,7 +165,7 @@ def test_the_textured_twin_has_the_same_shapes_and_other_pixels():
 def everything_asked(things, P=32, times=300):
     """Every question about a scene that comes up, with its answer: always the same one."""
     asked = {}
-    for i, kind in itertools.product(range(times), QUESTIONS.values()):
+    for i, kind in product(range(times), QUESTIONS.values()):
         for question, answer in kind(things, random.Random(i), P):
             assert asked.setdefault(question, answer) == answer, question
     return asked
@@ -211,7 +211,7 @@ def test_a_dialogue_fits_supervises_its_answers_alone_and_ends_with_a_descriptio
     for scene in sgt.sample(CFG, "train", range(60), "questions"):
         (ids, answers), turns = sgt.dialogue(CFG, scene), []
         assert len(ids) == len(answers) <= sgt.TEXT_LEN
-        for is_answer, run in itertools.groupby(zip(ids, answers), lambda pair: pair[1] >= 0):
+        for is_answer, run in groupby(zip(ids, answers), lambda pair: pair[1] >= 0):
             turn, supervised = zip(*run)
             assert supervised == turn if is_answer else set(supervised) == {-100}
             assert turn.count(sgt.END) == is_answer == (turn[-1] == sgt.END)
@@ -240,7 +240,7 @@ def test_the_wording_of_a_question_does_not_matter(text):
 # ---- 4. proxies
 def test_every_prompt_has_the_same_number_of_known_words():
     """Arms that differ in where the codes stand; a prompt whose words are unknown."""
-    for name, color, shape in itertools.product(DRAWN, COLORS, SHAPES):
+    for name, color, shape in product(DRAWN, COLORS, SHAPES):
         prompt = PROXIES[name].prompt.format(name=f"{color} {shape}")
         assert len(sgt.encode(prompt)) == sgt.PROXY_LEN, prompt
         assert sgt.decode(sgt.encode(prompt)) == prompt
@@ -258,7 +258,7 @@ def test_targets_of_a_scene_made_by_hand():
     assert equal(wrong, right.flip(0)) and not equal(wrong, right)
     ground, a, _, b = pixels("panoptic")
     assert (ground == 0.5).all() and a.norm() > b.norm()
-    assert torch.allclose(a / a.norm(), b / b.norm(), atol=1e-5)
+    assert allclose(a / a.norm(), b / b.norm(), atol=1e-5)
     for key in range(9):
         one = scene._replace(key=f"0/val/test/{key}")
         _, (prompt,), drawn = sgt.draw_proxy(CFG, "referring", [one])
@@ -272,7 +272,7 @@ def test_targets_of_a_scene_made_by_hand():
     ground, small, ring, big = pixels("depth")[:, 0]
     assert ring > big > small > target["depth"][0, 31, 0] > ground
     moved = scene._replace(things=[o._replace(x=o.x - o.y / 6) for o in scene.things])
-    assert torch.allclose(target["novel_view"], sgt.render(CFG, [moved]).image[0], atol=1e-5)
+    assert allclose(target["novel_view"], sgt.render(CFG, [moved]).image[0], atol=1e-5)
     edges = target["edges"][0]
     assert edges[2, 16] == edges[8, 8] == 0 and edges[16, x.min()] > 0.5 < edges[y.max(), 24]
 
@@ -310,7 +310,7 @@ def test_every_code_is_a_point_and_every_point_its_code(preset, monkeypatch):
     monkeypatch.setattr(tokenizer, "reconstruct", lambda x: points.append(x[0]) or x)
     tokenizer.decode(codes[None])
     again, found = tokenizer.quantize(points[0].atanh())
-    assert equal(found, codes) and torch.allclose(again, points[0], atol=1e-6)
+    assert equal(found, codes) and allclose(again, points[0], atol=1e-6)
     assert len(again.unique(dim=0)) == len(codes)
 
 def test_rounding_is_exact_in_value_and_straight_through_in_gradient():
@@ -318,10 +318,10 @@ def test_rounding_is_exact_in_value_and_straight_through_in_gradient():
     tokenizer, z = sgt.VisionTokenizer(CFG), torch.randn(500, 4, requires_grad=True)
     point, _ = tokenizer.quantize(z)
     point.sum().backward()
-    assert torch.allclose(z.grad, 1 - z.detach().tanh() ** 2, atol=1e-6)
+    assert allclose(z.grad, 1 - z.detach().tanh() ** 2, atol=1e-6)
     point, code = tokenizer.quantize(torch.tensor([[-99.0], [99.0], [0.0]]).expand(3, 4))
     assert code.tolist() == [0, 624, 312]
-    assert torch.allclose(point[:, 0], torch.tensor([-0.8, 0.8, 0.0]), atol=1e-6)
+    assert allclose(point[:, 0], torch.tensor([-0.8, 0.8, 0.0]), atol=1e-6)
     rough = z.detach().bfloat16()
     assert same(tokenizer.quantize(rough), tokenizer.quantize(rough.float()))
 
@@ -412,8 +412,8 @@ def test_each_loss_is_the_mean_over_its_own_tokens(exact):
     one, two, none = (sgt.losses(model, tokenizer, each) for each in three)
     for name in ("text", "captions"):
         assert one[name] == two[name] == none[name]
-    assert torch.allclose(one["proxy"], two["proxy"], atol=1e-5) and none["proxy"] == 0
-    assert torch.allclose(one["loss"], 1.5 * one["text"] + one["captions"] + 0.5 * one["proxy"])
+    assert allclose(one["proxy"], two["proxy"], atol=1e-5) and none["proxy"] == 0
+    assert allclose(one["loss"], 1.5 * one["text"] + one["captions"] + 0.5 * one["proxy"])
 
 def test_the_hidden_share_follows_the_cosine_and_is_never_empty():
     """An inverted schedule; a picture without a loss; the same places each time."""
@@ -427,7 +427,7 @@ def test_the_first_losses_are_a_uniform_guess_and_an_arm_is_a_copy():
     parts = sgt.losses(base, tokenizer, sgt.make_batch(CFG, "depth", 0))
     found = torch.stack([parts[name] for name in ("text", "captions", "proxy")])
     expected = torch.tensor([len(sgt.WORDS), CFG.codebook, CFG.codebook]).log()
-    assert torch.allclose(found, expected, rtol=1e-5)
+    assert allclose(found, expected, rtol=1e-5)
     arm = sgt.make_arm(CFG, base)
     assert all(map(equal, arm.parameters(), base.parameters()))
     assert not {p.data_ptr() for p in arm.parameters()} & {p.data_ptr() for p in base.parameters()}
@@ -487,9 +487,9 @@ def test_a_seed_decides_the_picture_and_every_code_is_drawn(exact):
 # ---- 9. training and the run folder
 SMOKE = ["--train", "--preset", "smoke", "--threads", "1"]
 
-def python(*args, cwd=None, **env):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True,
-                          encoding="utf-8", errors="replace", env={**os.environ, **env})
+def python(file, *args, cwd=None, **env):
+    return subprocess.run([sys.executable, HERE / file, *args], cwd=cwd, capture_output=True,
+                          encoding="utf-8", errors="replace", env=os.environ | env)
 
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes()
@@ -503,7 +503,7 @@ def refused(code, said):
 def trained(tmp_path_factory):
     """A folder with runs/smoke, made by the real command, and some things that are no runs."""
     folder = tmp_path_factory.mktemp("trained")
-    done = python(HERE / "sgt.py", *SMOKE, cwd=folder)
+    done = python("sgt.py", *SMOKE, cwd=folder)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (folder / "notes").mkdir()
     (folder / "junk.png").write_bytes(b"\x89PNG of a kind")
@@ -529,9 +529,9 @@ def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(t
     head = subprocess.getoutput(f"cd {trained} && {sys.executable} {HERE / 'eval.py'} | head -1")
     assert head.startswith("Understanding") and "\n" not in head
     assert set(before) == {
-        ".lock", "config.json", "log.jsonl", "report.json", "report.md", "report.html",
+        ".lock", "sgt.py", "config.json", "log.jsonl", "report.json", "report.md", "report.html",
         "samples/comparison.png", "samples/prompts.png", *(f"{s}.safetensors" for s in stages)}
-    again = python(HERE / "sgt.py", *SMOKE, cwd=trained, PYTHONIOENCODING="ascii")
+    again = python("sgt.py", *SMOKE, cwd=trained, PYTHONIOENCODING="ascii")
     assert again.returncode == 0 and not again.stderr and contents(run) == before
     assert before["report.md"].decode().encode("ascii", "replace").decode() in again.stdout
     page = before["report.html"].decode()
@@ -578,8 +578,9 @@ def test_a_run_can_be_stopped_with_ctrl_c_and_says_what_it_lacks(tmp_path):
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130 and "Traceback" not in said and "goes on" in said
-    assert set(contents(log.parent)) - {"state.pt"} == {"config.json", "log.jsonl", ".lock"}
-    done = python(HERE / "eval.py", "runs/smoke", cwd=tmp_path)
+    files = {"config.json", "log.jsonl", "sgt.py", ".lock"}
+    assert contents(log.parent).keys() - {"state.pt"} == files
+    done = python("eval.py", "runs/smoke", cwd=tmp_path)
     assert refused(done.returncode, done.stderr) and "base" in done.stderr
 
 def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, capsys):
@@ -603,7 +604,7 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
 # ---- 10. commands
 def test_help_explains_every_setting():
     """A setting whose comment does not reach the keyboard."""
-    said = " ".join(python(HERE / "sgt.py", "--help").stdout.split())
+    said = " ".join(python("sgt.py", "--help").stdout.split())
     for field in dataclasses.fields(Config):
         line, = [line for line in SOURCE if line.startswith(f"    {field.name}: {field.type} = ")]
         assert f"{line.split('#', 1)[1].strip()} (default: {field.default})" in said
@@ -623,8 +624,7 @@ def test_any_picture_can_be_asked_about(copied, tmp_path):
     low, high = {}, {}
     for path in tmp_path.glob("*.*"):
         assert sgt.main(["--ask", str(path), "What color is the ring?"]) == 0
-        small = sgt.read_image(path, 32)
-        low[path.stem], high[path.stem] = small.amin((0, 2, 3)), small.amax((0, 2, 3))
+        low[path.stem], high[path.stem] = sgt.read_image(path, 32)[0].flatten(1).aminmax(dim=1)
     assert min(low["half"].min(), low["glass"].min(), low["gray"].min()) == 1
     assert low["deep"].max() < 0.05 and high["deep"].min() > 0.95
     turned = sgt.read_image(tmp_path / "turned.jpg", 32)[0, 0]
@@ -646,7 +646,7 @@ def test_the_verbs_use_the_newest_run_from_anywhere(copied, tmp_path, capsys, mo
     for out, model in (("deep/a.png", "instance"), ("b.PNG", "base")):
         assert sgt.main(["--segment", red, "--out", out, "--model", model, *run]) == 0
         assert Image.open(out).size == ((2 * 32 + 1) * 8, 256)
-    said = python(HERE / "sgt.py", "--ask", red, "a 円 ring?", *run, PYTHONIOENCODING="ascii")
+    said = python("sgt.py", "--ask", red, "a 円 ring?", *run, PYTHONIOENCODING="ascii")
     assert said.returncode == 0 and "unknown and left out" in said.stderr
 
 def test_the_lines_for_a_notebook_in_the_readme_run_as_written(copied):
@@ -678,7 +678,8 @@ def test_every_lab_of_the_readme_can_be_done():
 --generate ring --run none; --generate ring --out a.txt; --generate ring --guidance -1;
 --train --generate ring; --train --lr fast; --train --preset=; --train --run .; --train --run=;
 --train --proxies none,sky; --ask red.png ?; --segment=; --generate ring --seed 1e3;
---generate ring --image-size 64; --generate ring --out runs/smoke/samples/prompts.png"""))
+--generate ring --image-size 64; --generate ring --out runs/smoke/samples/prompts.png;
+--segment red.png --out runs/smoke/a.png"""))
 def test_a_mistake_is_one_line_and_changes_nothing(line, copied, capsys, monkeypatch):
     """A traceback; a half-written file; a run with other settings than it says."""
     monkeypatch.setattr(sgt, "train_stage", None)
@@ -733,14 +734,13 @@ def test_exported_masks_score_by_default_cocoeval_what_the_command_says(
     cfg, folder = sgt.Run("runs/smoke").config(), tmp_path / "new"
     scenes = sgt.sample(cfg, "val", range(cfg.eval_masks), "masks")
     right, truth = sgt.draw_proxy(cfg, "instance", scenes)[2], sgt.render(cfg, scenes).instance
-    truth = evals.true_masks(truth)
     wrong = torch.cat([right[:3], right[3:].roll(1, 0)])  # most are of another picture
     for name, drawn in (("right", right), ("wrong", wrong)):
         monkeypatch.setattr(sgt, "generate", lambda *args, **options: drawn)
         assert evals.main(["smoke", "--export", str(folder / name)]) == 0
         said = capsys.readouterr().out
         coco = evals.COCO(folder / name / "textured/instances.json")
-        for i, masks in enumerate(truth, 1):
+        for i, masks in enumerate(evals.true_masks(truth), 1):
             assert np.array_equal([coco.annToMask(a) for a in coco.imgToAnns[i]], masks.numpy())
         results = coco.loadRes(str(folder / name / "textured/results.json"))
         measured = evals.COCOeval(coco, results, "segm")
@@ -764,8 +764,9 @@ def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, cap
     """A mean over runs with other settings, or one run twice; a report that depends on chance."""
     other = shutil.copytree(copied, copied.parent / "other") / "report.json"
     report, before = json.loads(other.read_text()), other.read_bytes()
-    (copied / "report.json").unlink()
+    (copied / "report.json").rename(copied / "sgt.py")
     assert sgt.main(SMOKE) == 0 and (copied / "report.json").read_bytes() == before
+    assert "began with another sgt.py" in capsys.readouterr().err
     report["config"]["seed"] = 1
     report["models"]["instance"]["textured - SFT"] = [7.0, 1.0]
     mean = report["models"]["none"]["textured"]["average"] + 5
@@ -780,7 +781,7 @@ def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, cap
 
 def test_the_check_passes_and_an_unknown_setting_of_the_environment_is_refused():
     """A kernel that is wrong on this machine; a typo that silently measures something else."""
-    done = [python(HERE / "kernels.py", "--check", **env)
+    done = [python("kernels.py", "--check", **env)
             for env in ({}, {"SGT_KERNELS": "fast"}, {"SGT_BF16": "yes"})]
     assert done[0].returncode == 0 and "all agree" in done[0].stdout, done[0].stdout
     assert all(refused(each.returncode, each.stderr) for each in done[1:])
@@ -791,15 +792,15 @@ def test_attention_is_its_definition_in_value_and_gradient(backend, sees):
     """A wrong backward pass; NaN from a row that sees nothing; a leak of a bit."""
     sees, rows = torch.tensor(sees), []
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (7, 9, 9))
-    for b, h, i in itertools.product(range(2), range(3), range(7)):
+    for b, h, i in product(range(2), range(3), range(7)):
         n = int(sees.expand(2, 7)[b, i])
         weights = (q[b, h, i] @ k[b, h, :n].T / 8 ** 0.5).softmax(-1)
         rows.append(weights @ v[b, h, :n] if n else 0 * q[b, h, i])
     exact, out = torch.stack(rows).view(2, 3, 7, 8), kernels.BACKENDS[backend](q, k, v, sees)
-    assert torch.allclose(out, exact, atol=1e-12)
+    assert allclose(out, exact, atol=1e-12)
     grad = torch.randn_like(out)
     for x, y in zip(*(torch.autograd.grad(each, (q, k, v), grad) for each in (out, exact))):
-        assert torch.allclose(x, y, atol=1e-12)
+        assert allclose(x, y, atol=1e-12)
     loud = [x.detach().index_fill(2, torch.tensor([5]), value) for x, value in ((k, 30), (v, -999))]
     changed = (kernels.BACKENDS[backend](q, *loud, sees) != out).any(-1)
     assert equal(changed, (sees > 5).expand(2, 7)[:, None].expand(2, 3, 7))
@@ -843,19 +844,19 @@ def test_the_optimizer_is_muon_for_each_matrix_and_adamw_for_the_rest(exact):
             w.grad = p.grad.clone()
         adam.step()
         optimizer.step(0.5)
-    assert all(torch.allclose(p, w, atol=1e-5) for p, w in zip(module, plain))
+    assert all(allclose(p, w, atol=1e-5) for p, w in zip(module, plain))
 
 def test_the_compiled_block_is_the_block_for_every_length(exact, monkeypatch, capsys):
     """A graph break; a compilation for each length; an unnoticed fallback."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True))
     (tokenizer, model), fast, grads = models(), kernels.compiled(sgt.Block.forward), []
-    for stage, which in itertools.product(("base", "instance"), (None, fast)):
+    for stage, which in product(("base", "instance"), (None, fast)):
         monkeypatch.setattr(sgt.Block, "fast", which)
         model.zero_grad()
         sgt.losses(model, tokenizer, sgt.make_batch(CFG, stage, 0))["loss"].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for plain, compiled in (grads[:2], grads[2:]):
-        assert torch.allclose(plain, compiled, atol=1e-4, rtol=1e-3)
+        assert allclose(plain, compiled, atol=1e-4, rtol=1e-3)
     assert "not compiled" not in capsys.readouterr().out
 
 def test_nothing_that_a_person_types_or_edits_ends_in_a_traceback(copied, capsys, monkeypatch):
