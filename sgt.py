@@ -315,11 +315,12 @@ def normalize(question):
 
 def checked(text, room):
     """The ids of a user's text of at most so many words; those that are unknown are named."""
-    if unknown := [word for word in re.findall(r"\w+", text) if word not in IDS]:
+    ids, words = encode(text), re.findall(r"\w+", text)
+    if unknown := [word for word in words if word not in IDS]:
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
-    ids = encode(text)
-    if not re.search(r"\w", decode(ids)) or len(ids) > room:
-        raise UserError(f"the text has {len(ids)} known words; give 1 to {room}")
+    known = len(words) - len(unknown)
+    if not known or len(ids) > room:
+        raise UserError(f"the text has {known} known words; give 1 to {room}, signs included")
     return ids
 
 def noun(o):
