@@ -442,7 +442,8 @@ def page(run, report):
 def study(reports):
     """Arms over seeds: means ± standard errors over seeds, and each seed's difference to SFT."""
     same = set(sgt.NAMES) - {"seed", "proxies", *sgt.FREE}
-    seeds, *others = zip(*([r["config"][name] for name in ("seed", *same)] for r in reports))
+    configs = [vars(sgt.Config) | r["config"] for r in reports]  # a setting may be new
+    seeds, *others = zip(*([config[name] for name in ("seed", *same)] for config in configs))
     if any(len(set(values)) > 1 for values in others) or len(set(seeds)) < len(seeds):
         raise UserError("these runs differ in more than the seed, or share one; name others")
     columns = {"perception": ("textured", "perception"), "reasoning": ("textured", "reasoning"),

@@ -83,7 +83,7 @@ class Config:
     arm_steps: int = 500  # steps of every arm
     arm_batch: int = 16  # dialogues and captioned pictures a step (the replay)
     ratio: float = 2.0  # proxy pictures per dialogue (the paper: 2)
-    textured_questions: int = 0  # textured scenes with questions, in half of the arms' dialogues
+    textured_questions: int = 0  # textured scenes asked about, in half of the dialogues
     arm_scenes: int = 0  # pictures that have masks; 0: ever new ones
     proxies: str = "none,reconstruction,instance"  # arms, or "all"; none is SFT, instance SGT
     proxy_weight: float = 1.0  # weight of the proxy's loss (the paper: 1)
@@ -306,9 +306,10 @@ def decode(ids):
 def normalize(question):
     """A question as the training texts put it: manners, signs and case do not matter."""
     text = " ".join(question.lower().split())
-    end = "." if text.endswith(".") and "?" not in text else "?"  # as in "list the objects."
+    end = "." if "list" in text else "?"  # as in "list the objects."
     for extra in (r"please|kindly", r"in (the|this) (image|picture|photo(graph)?|scene)",
-                  r"(answer|reply|respond)[^.?!]*\byes\b[^.?!]*\bno\b['\"]?"):
+                  r"(answer|reply|respond)[^.?!]*\byes\b[^.?!]*\bno\b['\"]?",
+                  r"are there[?.!\s]*$"):
         text = re.sub(rf"\b({extra})(?!\w)", " ", text)
     text = re.sub(r"\bis there an\b", "is there a", re.sub(r"[?.!,;:\s]+", " ", text).strip())
     return text + end if text else ""
@@ -320,7 +321,7 @@ def checked(text, room):
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
     known = len(words) - len(unknown)
     if not known or len(ids) > room:
-        raise UserError(f"the text has {known} known words; give 1 to {room}, signs included")
+        raise UserError(f"the text has {known} known words; give 1 to {room}")
     return ids
 
 def noun(o):
@@ -853,7 +854,7 @@ def losses(model, tokenizer, batch):
 def mask_codes(cfg, n, g):
     """Which codes of n pictures to hide (n, N): a share cos(pi/2 * u), u uniform (MaskGIT)."""
     count = (torch.cos(torch.rand(n, 1, generator=g) * math.pi / 2) * cfg.tokens).ceil()
-    rank = torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1)  # each number once
+    rank = torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1)
     return rank < count.clamp(min=1)
 
 def make_arm(cfg, base):
@@ -1004,8 +1005,7 @@ def read(path, reader, advice="delete it and --train"):
 CODE = Path(__file__).read_bytes()
 
 class Run:
-    """A folder: config.json, log.jsonl, *.safetensors, samples/, report.json, .md and .html, and
-    the sgt.py that it began with."""
+    """A folder: config.json, log.jsonl, *.safetensors, samples/, report.*, sgt.py as it began."""
     def __init__(self, folder):
         self.folder = Path(folder)
 
@@ -1055,8 +1055,10 @@ class Run:
 
     def log(self):
         """The whole lines of log.jsonl; a crash may have left a part of one."""
-        text = (self.folder / "log.jsonl").read_text() if self.has("log.jsonl") else ""
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        def reader(path):
+            lines = path.read_text().splitlines()
+            return [json.loads(line) for line in lines if line.endswith("}")]
+        return read(self.folder / "log.jsonl", reader) if self.has("log.jsonl") else []
 
 def train_step(module, tokenizer, optimizer, batch, scale):
     """One update of a model, or of the tokenizer itself: its losses."""
@@ -1070,14 +1072,15 @@ def train_stage(run, cfg, stage, tokenizer, module):
     """The loop of every stage, with its log and checkpoints."""
     steps = {"tokenizer": cfg.tok_steps, "base": cfg.base_steps}.get(stage, cfg.arm_steps)
     optimizer = Optimizer(module, cfg.lr, 0.002 if module is tokenizer else cfg.adam_lr)
-    start, device = 0, next(module.parameters()).device
+    start, device, checkpoint = 0, next(module.parameters()).device, f"{stage}.pt"
     Block.fast = compiled(Block.forward) if cfg.compile else None
-    if run.has("state.pt"):
-        state = read(run.folder / "state.pt", lambda path: torch.load(path, map_location=device))
-        if state["stage"] == stage:
-            start = state["step"]
+    if run.has(checkpoint):
+        def resume(path):
+            state = torch.load(path, map_location=device)
             module.load_state_dict(state["module"])
             optimizer.load_state_dict(state["optimizer"])
+            return state["step"]
+        start = read(run.folder / checkpoint, resume)
     kept = [line for line in run.log() if line["stage"] != stage or line["step"] < start]
     run.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
     # collate_fn makes a step's number a batch, on a GPU in other processes; a step is one launch.
@@ -1103,16 +1106,16 @@ def train_stage(run, cfg, stage, tokenizer, module):
                 values["seconds"] = round(time.time() - began, 2)
                 log.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
             if not last and (step + 1) % cfg.save_every == 0:
-                state = {"stage": stage, "step": step + 1, "module": module.state_dict()}
+                state = {"step": step + 1, "module": module.state_dict()}
                 torch.save({**state, "optimizer": optimizer.state_dict()}, data := io.BytesIO())
-                run.write("state.pt", data.getvalue())
+                run.write(checkpoint, data.getvalue())
     run.write(f"{stage}.safetensors", save(module.state_dict()))
-    (run.folder / "state.pt").unlink(missing_ok=True)
+    (run.folder / checkpoint).unlink(missing_ok=True)
 
 def choose_device(name):
     name = name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda") or not getattr(torch, name).is_available():
-        raise UserError(f"there is no device {name!r} here; choose auto, cpu or cuda")
+        raise UserError(f"there is no device {name!r} here; choose auto or cpu")
     return torch.device(name)
 
 def train(cfg, folder, base=None):
@@ -1121,6 +1124,8 @@ def train(cfg, folder, base=None):
     cfg.validate()
     run, device = Run(folder), choose_device(cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    copied = {name: (base.folder / name).read_bytes()
+              for name in ("tokenizer.safetensors", "base.safetensors") if base}
     run.open(cfg)
     try:
         lock = sqlite3.connect(run.folder / ".lock", timeout=0)
@@ -1129,12 +1134,9 @@ def train(cfg, folder, base=None):
         raise UserError(f"cannot lock {run.folder} ({e}); is it being trained elsewhere?") from None
     with lock:  # freed at its end
         run.open(cfg)  # another may have come first
-        if run.has("sgt.py") and (run.folder / "sgt.py").read_bytes() != CODE:
-            print(f"note: {run.folder} began with another sgt.py, kept there; to train this one, "
-                  "choose another --run", file=sys.stderr)
-        for name in ("tokenizer.safetensors", "base.safetensors") if base else ():
+        for name, data in copied.items():
             if not run.has(name):
-                run.write(name, (base.folder / name).read_bytes())
+                run.write(name, data)
         torch.manual_seed(cfg.seed)
         tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
         size, stages = sum(p.numel() for p in model.parameters()), ("base", *cfg.arms)
@@ -1151,6 +1153,9 @@ def train(cfg, folder, base=None):
         if not run.has("report.json"):
             evaluate(run, device)
     print(show(run))
+    if run.has("sgt.py") and (run.folder / "sgt.py").read_bytes() != CODE:
+        print(f"note: {run.folder} began with another sgt.py; for this one take another --run",
+              file=sys.stderr)
 
 # ==== 10. Commands
 def find_run(name):
@@ -1220,7 +1225,7 @@ def use(args, given):
         prompt = proxy.prompt.format(name="red circle")
         drawn = generate(model, tokenizer, [prompt], image)
         save_png(torch.cat([F.pad(image, (0, 1), value=1.0), drawn], -1)[0], out)
-        return print(f"asked to {prompt} wrote {out} {who}")
+        return print(f"wrote {out} {who}: {prompt}")
     print(answer(model, image, [args.ask[1]], limit=60)[0])
     print(who, file=sys.stderr)
 
@@ -1256,10 +1261,11 @@ def command(argv):
     given = {name: value for name, value in vars(args).items() if name in NAMES}
     if any(value in ("", []) for value in vars(args).values()):
         raise UserError("an argument is empty; leave it out")
+    for name in ("model", "out") if args.train else ("preset", "base"):
+        if getattr(args, name):
+            raise UserError(f"--{name} has no use here; leave it out")
     if not args.train:
         return use(args, given)
-    if args.model or args.out:
-        raise UserError("--train takes no --model or --out; leave them out")
     preset, base = args.preset or "tiny", None
     start = PRESETS[preset]
     if args.base:  # its settings, but for those of the arms

@@ -229,13 +229,13 @@ def test_no_answer_is_common_only_because_scenes_make_it_so():
         assert max(said.values()) < most * said.total(), kind
 
 @parametrize("text", [
-    "Is there an image?", "is there a image", "  IS THERE\n A IMAGE ?? ", "Is there a image.?",
+    "Is there an image.", "is there a image", "  IS THERE\n A IMAGE ?? ", "Is there a image.?",
     "Is there an image in the image?", "Please, is there an image in this photo?",
     "Is there a image? Please answer yes or no.", "Is there a image? Answer with 'yes' or 'no'"])
 def test_the_wording_of_a_question_does_not_matter(text):
     """An answer that depends on a question mark; a statement that becomes a question."""
-    assert sgt.normalize(text) == "is there a image?"
-    assert sgt.normalize("List the  objects.") == "list the objects." and sgt.normalize(" ?") == ""
+    said = [sgt.normalize(t) for t in (text, "List the  objects", " ?", "How many bars are there.")]
+    assert said == ["is there a image?", "list the objects.", "", "how many bars?"]
 
 # ---- 4. proxies
 def test_every_prompt_has_the_same_number_of_known_words():
@@ -564,7 +564,7 @@ def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
     assert sgt.main(halves) == 0
     a, b, c = (contents(tmp_path / name) for name in "abc")
     logs = [re.sub(rb', "seconds": [^}]*', b"", files.pop("log.jsonl")) for files in (a, b, c)]
-    assert a == b == c and "state.pt" not in a and "instance.safetensors" in a
+    assert a == b == c and "base.pt" not in a and "instance.safetensors" in a
     assert logs[0] == logs[1] == logs[2] and logs[0].count(b'"instance"') == 2
 
 def test_a_run_can_be_stopped_with_ctrl_c_and_says_what_it_lacks(tmp_path):
@@ -579,7 +579,7 @@ def test_a_run_can_be_stopped_with_ctrl_c_and_says_what_it_lacks(tmp_path):
     said = process.communicate()[1]
     assert process.returncode == 130 and "Traceback" not in said and "goes on" in said
     files = {"config.json", "log.jsonl", "sgt.py", ".lock"}
-    assert contents(log.parent).keys() - {"state.pt"} == files
+    assert contents(log.parent).keys() - {"tokenizer.pt"} == files
     done = python("eval.py", "runs/smoke", cwd=tmp_path)
     assert refused(done.returncode, done.stderr) and "base" in done.stderr
 
