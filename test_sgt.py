@@ -155,7 +155,7 @@ def test_the_textured_twin_has_the_same_shapes_and_other_pixels():
     change = (plain.image - textured.image).abs().mean(1)
     assert min(change[plain.instance == 0].mean(), change[plain.instance > 0].mean()) > 0.05
     assert {s.textured for s in sgt.sample(CFG, "arm", range(20), "masks")} == {False, True}
-    # an arm is asked about the same few textured scenes again and again
+    # an arm is asked about the same few textured scenes again
     images = torch.cat([sgt.question_batch(CFG, "arm", step, 4)[0] for step in range(3)])
     few, plain = images[::2], images[1::2]
     assert equal(few[:3], few[3:]) and len(images.unique(dim=0)) == 3 + 6
