@@ -162,7 +162,7 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90)}
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = {"small": 0.11, "big": 0.172}  # as a share of the picture's side
-MAX_OBJECTS, LATTICE = 4, 8  # M; most centres are multiples of so many pixels, two steps apart
+MAX_OBJECTS, LATTICE = 4, 8  # M; most centres are multiples of so many pixels
 
 class Thing(NamedTuple):
     """One object, in words and in pixels."""
@@ -192,7 +192,7 @@ class Scene(NamedTuple):
 TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
 
 def sample_scene(cfg, key, use):
-    """Objects that stay apart, but for one pair in half of the scenes that have no caption.
+    """Objects that stay apart, but for one pair in up to half of the scenes without caption.
     The camera looks down on a table: objects lower in the picture are nearer."""
     rng, P, placed = random.Random(key), cfg.image_size, []
     count = 1 + int(rng.random() ** 0.7 * MAX_OBJECTS)
@@ -870,8 +870,8 @@ def question_batch(cfg, split, step, n):
     """Dialogues about plain scenes, or half of them about a few textured: image, text, answer."""
     scenes = sample(cfg, split, range(step * n, step * n + n), "questions")
     if split == "arm" and cfg.textured_questions:
-        few = [i // 2 % cfg.textured_questions for i in range(step * n, step * n + n, 2)]
-        few = sample(cfg, "labelled", few, "questions")
+        numbers = [i // 2 % cfg.textured_questions for i in range(step * n, step * n + n, 2)]
+        few = sample(cfg, "labelled", numbers, "questions")
         scenes[::2] = [scene._replace(textured=True) for scene in few]
     ids, answers = zip(*(dialogue(cfg, scene) for scene in scenes))
     return render(cfg, scenes).image, pad(ids, TEXT_LEN), pad(answers, TEXT_LEN, -100)
@@ -1237,7 +1237,7 @@ def parser():
     p = Parser(prog="sgt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     verb = p.add_mutually_exclusive_group(required=True)
     verb.add_argument("--train", action="store_true",
-                      help="train and compare, 14 minutes on two cores; or go on")
+                      help="train and compare, 15 minutes on two cores; or go on")
     verb.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="answer a question")
     verb.add_argument("--segment", metavar="IMAGE", help="draw the masks, or what --model draws")
     verb.add_argument("--generate", metavar="TEXT", help="draw a picture of a text")

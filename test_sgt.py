@@ -229,7 +229,7 @@ def test_no_answer_is_common_only_because_scenes_make_it_so():
         assert max(said.values()) < most * said.total(), kind
 
 @parametrize("text", [
-    "Is there an image.", "is there a image", "  IS THERE\n A IMAGE ?? ", "Is there a image.?",
+    "Is there an image?", "is there a image", "  IS THERE\n A IMAGE ?? ", "Is there a image.?",
     "Is there an image in the image?", "Please, is there an image in this photo?",
     "Is there a image? Please answer yes or no.", "Is there a image? Answer with 'yes' or 'no'"])
 def test_the_wording_of_a_question_does_not_matter(text):
