@@ -62,7 +62,7 @@ def compiled(function, dynamic=True):
         except Exception as e:  # torch raises many kinds
             if chosen is function or isinstance(e, torch.OutOfMemoryError):
                 raise
-            print(f"not compiled ({' '.join(repr(e).split()):.120}); running eagerly")
+            print(f"not compiled ({' '.join(repr(e).split()):.120})", file=sys.stderr)
             chosen = function
         return function(*args)
     return run
@@ -260,12 +260,12 @@ def errors(name, sees, D, device, dtype):
         inputs = [x.detach().requires_grad_() for x in qkv]
         out = BACKENDS[name](*inputs, sees)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
-    column = torch.tensor([2 * L // 3], device=device)
+    mode, column = torch.get_deterministic_debug_mode(), torch.tensor([2 * L // 3], device=device)
+    torch.set_deterministic_debug_mode("warn")  # fills empty tensors with NaN
     found = run(name, q, k, v)
     loud = run(name, q, k.index_fill(2, column, 30.0), v.index_fill(2, column, -1000.0))
     exact = run("reference", q.double(), k.double(), v.double())
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode(mode)
     blind = ~may_attend(sees, L)[..., column]  # (1 or B, 1, S, 1)
     if not all(torch.equal(x * blind, y * blind) for x, y in zip(found[:2], loud[:2])):
         return torch.full([4], torch.inf)
@@ -281,10 +281,10 @@ def triton_is_right(*case, known={}):
             worst = errors("triton", F.pad(staircase(60, 40, 47), (3, 0)), *case).max()
         why = "" if worst <= 0.01 else f"relative error {worst:.1e}"
     except Exception as e:  # where it does not compile, Triton raises many kinds
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode(0)
         why = " ".join(repr(e).split())
     if why:
-        print(f"Triton is off on this GPU ({why:.120}); attention is PyTorch's")
+        print(f"Triton is off here ({why:.120})", file=sys.stderr)
     return known.setdefault(case, not why)
 
 def attention(q, k, v, sees):
@@ -293,7 +293,7 @@ def attention(q, k, v, sees):
     fastest = "bmm" if q.device.type == "cpu" else "sdpa"
     # Few rows, as in decoding, leave tiles empty; exact fp32 is slow; heads of 128 do not fit
     # every GPU. The loop makes D the constant that torch.compile asks for.
-    if q.is_cuda and triton and q.shape[2] >= 16 and q.dtype.itemsize == 2:
+    if not CHOSEN and q.is_cuda and triton and q.shape[2] >= 16 and q.dtype.itemsize == 2:
         for D in (16, 32, 64):
             if q.shape[3] == D and triton_is_right(D, q.device, q.dtype):
                 fastest = "triton"
@@ -301,7 +301,7 @@ def attention(q, k, v, sees):
 
 # ==== 6. KV cache and CUDA graphs
 class KVCache(NamedTuple):
-    """Keys and values of a layer in zeroed buffers (B, H, length, D): even unseen NaN is NaN."""
+    """Keys and values of a layer in buffers (B, H, length, D): zeroed, as 0 times NaN is NaN."""
     k: Tensor
     v: Tensor
 
@@ -339,7 +339,7 @@ class GraphedStep:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     out = self.function(*tree_unflatten(places, spec))
             except RuntimeError as e:  # something cannot be recorded: only plain calls from now on
-                print(f"no CUDA graph ({' '.join(str(e).split()):.120}); launching every kernel")
+                print(f"no CUDA graph ({' '.join(str(e).split()):.120})", file=sys.stderr)
                 self.calls[key] = float("-inf")
                 return self(*inputs)
             self.graphs[key] = graph, [x for x in places if isinstance(x, Tensor)], out
@@ -349,12 +349,12 @@ class GraphedStep:
         return out
 
 # ==== 7. Optimizer
-def orthogonalize(x, steps=5):
+def orthogonalize(x):
     """Push all singular values of (N, rows, columns) towards 1 (Muon, Jordan et al. 2024)."""
     if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT, steps).mT  # products of the short side
+        return orthogonalize(x.mT).mT  # products of the short side
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(compute_dtype(x.device))
-    for _ in range(steps):
+    for _ in range(5):
         s = x @ x.mT
         s = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)  # b s + c s²
         x = torch.baddbmm(x, s, x, beta=3.4445)  # a x + (b s + c s²) x
