@@ -257,13 +257,6 @@ def pictures_score(items, images):
     return by_kind(items, [satisfied(*each) for each in zip(items, judge(images))])
 
 # ==== 4. Inside the model: linear probes, the two looks
-@torch.no_grad()
-def patch_states(model, scenes):
-    """What the patches hold behind the encoder and behind the last block, (2, B, U, D)."""
-    image = sgt.render(model.cfg, scenes).image.to(model.word.device)
-    h, _ = sgt.prefill(model, image, image.new_zeros(len(scenes), 1).long(), 0)  # (B, U + 1, D)
-    return torch.stack([model.see(image), h[:, :model.cfg.patches].float()]).cpu()
-
 def probe(x, y):
     """Ridge regression of y (n,) on the first half of x (n, D): percent right on the second."""
     half = len(x) // 2
@@ -274,24 +267,20 @@ def probe(x, y):
     weight = torch.linalg.solve(x[:half].T @ x[:half] + penalty, target)
     return 100 * float(((x[half:] @ weight).argmax(1) == y[half:]).double().mean())
 
+@torch.no_grad()
 def inside(cfg, model, n=600):
-    """In %, behind the encoder and behind the last block: a linear probe for the shape in textured
-    patches, and the cosine of the centred features of a scene's two looks."""
-    looks = [val_scenes(cfg, n, look) for look in LOOKS]
-    cover = F.one_hot(sgt.render(cfg, looks[1]).instance, MAX_OBJECTS + 1).float()
-    cover = F.avg_pool2d(cover.permute(0, 3, 1, 2), cfg.see_patch).flatten(2)  # (B, 1 + M, U)
-    amount, index = cover[:, 1:].max(1)  # (B, U)
+    """In %, behind the encoder: a linear probe for the shape in textured patches, and the cosine of
+    the centred features of a scene's two looks."""
+    looks = [sgt.render(cfg, val_scenes(cfg, n, look)) for look in LOOKS]
+    features = [model.see(look.image.to(model.word.device)).cpu() for look in looks]  # (B, U, D)
+    centred = [x - x.mean((0, 1)) for x in features]
+    cover = F.one_hot(looks[1].instance, MAX_OBJECTS + 1).float().permute(0, 3, 1, 2)
+    amount, index = F.avg_pool2d(cover, cfg.see_patch)[:, 1:].flatten(2).max(1)  # (B, U)
     seen = amount > 0.05  # patches with an object
-    shape = sgt.pad([[SHAPES.index(o.shape) for o in s.things] for s in looks[0]], MAX_OBJECTS)
-    shape = shape.gather(1, index)[seen]
-    plain, textured = (patch_states(model, scenes) for scenes in looks)  # (2, B, U, D)
-    centred = [x - x.mean((1, 2), keepdim=True) for x in (plain, textured)]
-    cosine = 100 * F.cosine_similarity(*centred, -1).mean((1, 2))  # (2,)
-    found = {}
-    for i, behind in enumerate(("encoder", "last block")):
-        found[f"cosine of looks, {behind}"] = float(cosine[i])
-        found[f"probe for shape, {behind}"] = probe(textured[i][seen], shape)
-    return found
+    shape = sgt.pad([[SHAPES.index(o.shape) for o in scene.things]
+                     for scene in val_scenes(cfg, n, "textured")], MAX_OBJECTS).gather(1, index)
+    return {"cosine of looks, encoder": 100 * float(F.cosine_similarity(*centred, -1).mean()),
+            "probe for shape, encoder": probe(features[1][seen], shape[seen])}
 
 # ==== 5. Report
 LABELS = {arm: arm for arm in ("base", *PROXIES)} | {"none": "SFT", "instance": "SGT"}
@@ -308,7 +297,7 @@ def table(head, rows):
 def markdown(report):
     """The tables of a report, and the sentences that the run was made for."""
     models, n, out = report["models"], report["config"]["eval_questions"], []
-    asked = f"{n} questions, % right, the average to ± {50 / math.sqrt(n):.1f} (standard error)"
+    asked = f"{n:g} questions a run, % right, its average to ± {50 / math.sqrt(n):.1f}"
     for part, beside, title in [
         ("plain", ["question only"], f"Understanding of plain scenes: {asked}"),
         ("textured", ["question only"], f"Understanding of textured scenes: {asked}"),
@@ -323,7 +312,7 @@ def markdown(report):
         rows = [[key, *(column[key] for column in columns.values())] for key in keys]
         out += [title, table(["", *columns], rows), ""]
     pace = report.get("ms a step", {}).items()
-    out.append("Milliseconds a step: " + ", ".join(f"{stage} {ms:.3g}" for stage, ms in pace))
+    out.append("Milliseconds a step: " + ", ".join(f"{stage} {ms:.0f}" for stage, ms in pace))
     for arm, entry in models.items():
         if "textured - SFT" in entry:
             difference = "{:+.1f} ± {:.1f}".format(*entry["textured - SFT"])
@@ -439,6 +428,13 @@ def page(run, report):
     return "\n".join(out)
 
 # ==== 6. Commands
+def mean(parts):
+    """Reports of several seeds as one: the means of all numbers that every report holds."""
+    if not isinstance(parts[0], dict):
+        return statistics.fmean(parts) if isinstance(parts[0], (int, float)) else parts[0]
+    return {key: mean([part[key] for part in parts]) for key in parts[0]
+            if all(key in part for part in parts) and key != "textured - SFT"}
+
 def study(reports):
     """Arms over seeds: means ± standard errors over seeds, and each seed's difference to SFT."""
     same = set(sgt.NAMES) - {"seed", "proxies", *sgt.FREE}
@@ -450,20 +446,23 @@ def study(reports):
                "textured": ("textured", "average"), "plain": ("plain", "average"),
                "position": ("generation", "position"), "generation": ("generation", "average"),
                "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of looks, encoder")}
+    entries = [{"question only": dict.fromkeys(LOOKS, r["question only"]), **r["models"]}
+               for r in reports]
     rows = []
-    for arm in ["base", *PROXIES]:
-        models = [r["models"][arm] for r in reports if arm in r["models"]]
+    for arm in ["question only", "base", *PROXIES]:
+        models = [entry[arm] for entry in entries if arm in entry]
         if len(models) == len(reports):
-            row = [LABELS[arm], PROXIES[arm].level if arm in PROXIES else ""]
+            row = [LABELS.get(arm, arm), PROXIES[arm].level if arm in PROXIES else ""]
             for part, key in columns.values():
-                values = [model[part][key] for model in models if part in model]
+                values = [model[part][key] for model in models if key in model.get(part, ())]
                 error = statistics.stdev(values) / math.sqrt(len(values)) if values else 0
                 row.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
             each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
             rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
     head = ["arm", "level", *columns, "textured − SFT by seed"]
-    return (f"seeds {', '.join(map(str, seeds))}: mean ± standard error over seeds; perception, "
-            f"reasoning, PQ, cosine (of the looks) are of textured scenes\n{table(head, rows)}")
+    return (f"{markdown(mean(reports))}\n\nAll of seeds {', '.join(map(str, seeds))}, means. Below "
+            "± standard error over seeds; perception, reasoning, PQ are of textured scenes\n"
+            f"{table(head, rows)}")
 
 def command(argv):
     p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
