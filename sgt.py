@@ -2,8 +2,6 @@
 
     python sgt.py --train
     python sgt.py --ask picture.png "what color is the circle?"
-    python sgt.py --segment picture.png
-    python sgt.py --generate "two red circles"
 
 A unified model answers questions about pictures and draws pictures of texts. Semantic Generative
 Tuning (SGT, arXiv 2605.18714) then trains it to draw the *segmentation* of a picture it looks at.
@@ -35,7 +33,6 @@ import re
 import sqlite3
 import sys
 import time
-import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +111,7 @@ class Config:
         """Refuse what would otherwise fail late or obscurely."""
         for name, value in vars(self).items():
             kind, lowest = type(getattr(Config, name)), 0 if name in MAY_BE_ZERO else 1e-9
-            if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 32:
+            if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 31:
                 raise UserError(f"{name}={value} is out of range or no {kind.__name__}; give one")
         for ok, names, how in [
             (re.fullmatch("[1-9][0-9]?(,[1-9][0-9]?)*", self.fsq_levels), "fsq_levels",
@@ -231,7 +228,7 @@ def sample_scene(cfg, key, use):
     return scene._replace(textured=scene.rng("look").random() < TEXTURED[use])
 
 def sample(cfg, split, numbers, use):
-    """Scenes by number, of a split: "tokenizer", "train" (base), "arm", or "val", held out."""
+    """Scenes by number, of a split: "tokenizer", "train" (base), "arm", "labelled", or "val"."""
     return [sample_scene(cfg, f"{cfg.seed}/{split}/{use}/{number}", use) for number in numbers]
 
 def waves(cfg, scene):
@@ -295,34 +292,39 @@ remove noise image blur restore detail enhance very dark rain""".split()]
 IDS = {word: i for i, word in enumerate(WORDS) if word}
 
 def encode(text):
-    """The ids of a text's words and signs; unknown words are left out."""
-    return [IDS[word] for word in re.findall(r"\w+|[?.,]", text) if word in IDS]
+    """The ids of a text's words and signs."""
+    return [IDS[word] for word in re.findall(r"\w+|[?.,]", text)]
 
 def decode(ids):
     """The text up to the first END."""
     words = [WORDS[i] for i in itertools.takewhile(lambda i: i != END, ids)]
     return re.sub(r" ([?.,])", r"\1", " ".join(words))
 
+# Wordings that training never asks, and what it asks instead.
+REWORDINGS = {
+    r"\bin (the|this) (image|picture|photo(graph)?|scene)\b|\b(please|kindly)\b": "",
+    r"\b(answer|reply|respond)\b.*?\byes\b.*?\bno\b|\bare( there)?$": "",
+    r"\bis there an\b": "is there a",
+    r"^which\b": "what", r"^what is the (color|shape) of\b": r"what \1 is",
+    r"(?<!or )\b(bigger|larger|smaller) than\b": "bigger or smaller than",
+    rf"^is the (\w+) ({'|'.join(COLORS)})$": r"is there a \2 \1"}
+
 def normalize(question):
-    """A question as the training texts put it: manners, signs and case do not matter."""
-    text = " ".join(question.lower().split())
-    end = "." if "list" in text else "?"  # as in "list the objects."
-    for extra in (r"please|kindly", r"in (the|this) (image|picture|photo(graph)?|scene)",
-                  r"(answer|reply|respond)[^.?!]*\byes\b[^.?!]*\bno\b['\"]?",
-                  r"are there[?.!\s]*$"):
-        text = re.sub(rf"\b({extra})(?!\w)", " ", text)
-    text = re.sub(r"\bis there an\b", "is there a", re.sub(r"[?.!,;:\s]+", " ", text).strip())
-    return text + end if text else ""
+    """A question as training asks it: case, signs, manners and some wordings do not matter."""
+    text = question.lower()
+    for wording, asked in {r"\W+": " ", **REWORDINGS}.items():
+        text = " ".join(re.sub(wording, asked, text).split())
+    return text + ("." if "list" in text else "?") if text else ""
 
 def checked(text, room):
-    """The ids of a user's text of at most so many words; those that are unknown are named."""
-    ids, words = encode(text), re.findall(r"\w+", text)
+    """The ids of a user's text of at most so many words and signs; unknown ones are named."""
+    words = re.findall(r"\w+|[?.,]", text)
     if unknown := [word for word in words if word not in IDS]:
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
-    known = len(words) - len(unknown)
-    if not known or len(ids) > room:
-        raise UserError(f"the text has {known} known words; give 1 to {room}")
-    return ids
+    known = [word for word in words if word in IDS]
+    if not re.search(r"\w", " ".join(known)) or len(known) > room:
+        raise UserError(f"the text has {len(known)} known words and signs; give 1 to {room}")
+    return encode(" ".join(known))
 
 def noun(o):
     return f"{o.color} {o.shape}"
@@ -540,10 +542,6 @@ def boxes(cfg, scenes, r):
     inside = -F.max_pool2d(-box, 3, 1, 1)  # the box without its outline
     return instance(cfg, scenes, r._replace(instance=((box > inside) * index).amax(1)))
 
-def novel_view(cfg, scenes, r):
-    """From a camera that moved; textures stay."""
-    return render(cfg, scenes, shift=cfg.image_size / 6).image
-
 def edges(cfg, scenes, r):
     dy, dx = torch.gradient(r.image.mean(1, keepdim=True), dim=(2, 3))
     return (8 * torch.hypot(dx, dy)).clamp(0, 1).expand(-1, 3, -1, -1)
@@ -577,7 +575,8 @@ PROXIES = {
     "referring": Proxy("high", "segment only the {name}.", referring),
     "boxes": Proxy("high", "draw boxes around all objects.", boxes),
     "depth": Proxy("mid", "estimate the depth map now.", depth),
-    "novel_view": Proxy("mid", "shift the camera right now.", novel_view),
+    "novel_view": Proxy("mid", "shift the camera right now.", lambda cfg, scenes, r: render(
+        cfg, scenes, shift=cfg.image_size / 6).image),
     # `spoil` breaks what is looked at, so that it can be restored
     "inpainting": Proxy("mid", "fill in the missing part.", original, hole),
     "edges": Proxy("low", "detect the edges of everything.", edges),
@@ -668,7 +667,7 @@ def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
     """x (B, S, D) at rotary positions (..., S, 2) through blocks, each with its cache if given;
     sees (S,) or, with a column `at` per sample, (B, S). By default all rows see all rows."""
     S, dtype = x.shape[1], compute_dtype(x.device)
-    if sees is None and torch.is_grad_enabled():  # else None: SDPA is faster
+    if sees is None and torch.is_grad_enabled():  # without gradients SDPA is faster
         sees = torch.full((S,), S, dtype=torch.int32, device=x.device)
     x = x.to(dtype)
     for i, block in enumerate(blocks):
@@ -866,52 +865,50 @@ def make_arm(cfg, base):
 
 # Batches are functions of (stage, step) alone: a resumed run sees what it would have seen.
 
-def question_batch(cfg, split, step, n):
+def question_batch(cfg, split, numbers):
     """Dialogues about plain scenes, or half of them about a few textured: image, text, answer."""
-    scenes = sample(cfg, split, range(step * n, step * n + n), "questions")
+    scenes = sample(cfg, split, numbers, "questions")
     if split == "arm" and cfg.textured_questions:
-        numbers = [i // 2 % cfg.textured_questions for i in range(step * n, step * n + n, 2)]
-        few = sample(cfg, "labelled", numbers, "questions")
-        scenes[::2] = [scene._replace(textured=True) for scene in few]
+        few = [i // 2 % cfg.textured_questions for i in numbers[::2]]
+        scenes[::2] = [scene._replace(textured=True)
+                       for scene in sample(cfg, "labelled", few, "questions")]
     ids, answers = zip(*(dialogue(cfg, scene) for scene in scenes))
     return render(cfg, scenes).image, pad(ids, TEXT_LEN), pad(answers, TEXT_LEN, -100)
 
-def caption_batch(cfg, split, step, n):
+def caption_batch(cfg, split, numbers):
     """Captions of plain scenes: None, text, target, is_masked."""
-    scenes = sample(cfg, split, range(step * n, step * n + n), "captions")
+    scenes = sample(cfg, split, numbers, "captions")
     # a tenth without a prompt, for guidance
     texts = [encode(caption(cfg, scene)) if scene.rng("empty").random() >= 0.1 else []
              for scene in scenes]
-    is_masked = mask_codes(cfg, n, scenes[0].generator("codes"))
+    is_masked = mask_codes(cfg, len(scenes), scenes[0].generator("codes"))
     return None, pad(texts, PROMPT_LEN), render(cfg, scenes).image, is_masked
 
-def proxy_batch(cfg, name, step, n):
+def proxy_batch(cfg, name, numbers, step):
     """Pictures of both looks and what to draw of them: image, text, target, is_masked."""
     # with arm_scenes the same few again
-    numbers = [i % (cfg.arm_scenes or 2 ** 40) for i in range(step * n, step * n + n)]
-    scenes = sample(cfg, "arm", numbers, "masks")
+    scenes = sample(cfg, "arm", [i % (cfg.arm_scenes or 2 ** 40) for i in numbers], "masks")
     image, prompts, target = draw_proxy(cfg, name, scenes)
-    is_masked = mask_codes(cfg, n, scenes[0].generator(f"codes {step}"))
+    is_masked = mask_codes(cfg, len(scenes), scenes[0].generator(f"codes {step}"))
     return image, pad(map(encode, prompts), PROXY_LEN), target, is_masked
 
-def tokenizer_batch(cfg, step):
+def tokenizer_batch(cfg, numbers, step):
     """Half pictures, half targets of the proxies in turn: the tokenizer must say both."""
     drawn = [name for name in PROXIES if PROXIES[name].target not in (None, original, shuffled)]
-    half = cfg.tok_batch // 2
-    numbers = range(step * half, step * half + half)
     pictures = render(cfg, sample(cfg, "tokenizer", numbers, "pictures")).image
     scenes = sample(cfg, "tokenizer", numbers, "masks")
     return torch.cat([pictures, draw_proxy(cfg, drawn[step % len(drawn)], scenes)[2]])
 
 def make_batch(cfg, stage, step):
+    numbers = lambda n: range(step * n, step * n + n)  # of n new scenes
     if stage == "tokenizer":
-        return tokenizer_batch(cfg, step)
+        return tokenizer_batch(cfg, numbers(cfg.tok_batch // 2), step)
     if stage == "base":
-        return Batch(question_batch(cfg, "train", step, cfg.vqa_batch),
-                     caption_batch(cfg, "train", step, cfg.t2i_batch))
-    proxy = proxy_batch(cfg, stage, step, cfg.draws) if stage != "none" and cfg.draws else None
-    return Batch(question_batch(cfg, "arm", step, cfg.arm_batch),
-                 caption_batch(cfg, "arm", step, cfg.arm_batch), proxy)
+        return Batch(question_batch(cfg, "train", numbers(cfg.vqa_batch)),
+                     caption_batch(cfg, "train", numbers(cfg.t2i_batch)))
+    draws, replay = stage != "none" and cfg.draws, numbers(cfg.arm_batch)
+    return Batch(question_batch(cfg, "arm", replay), caption_batch(cfg, "arm", replay),
+                 proxy_batch(cfg, stage, numbers(draws), step) if draws else None)
 
 # ==== 8. Sampling: answers and pictures
 def prefill(model, image, text, room):
@@ -1028,7 +1025,7 @@ class Run:
     def config(self):
         cfg = read(self.folder / "config.json",
                    lambda path: Config(**json.loads(path.read_text("utf-8"))),
-                   "train a run of this version with --train, or name one with --run")
+                   "name another with --run")
         cfg.validate()
         return cfg
 
@@ -1097,15 +1094,15 @@ def train_stage(run, cfg, stage, tokenizer, module):
             rate = min(1.0, (step + 1) / min(20, steps), (steps - step) / falls)
             parts = update(module, tokenizer, optimizer, batch,
                            torch.full((), rate, device=device))
-            last = step + 1 == steps
-            if step % 10 == 0 or last:
+            last, saves = step + 1 == steps, (step + 1) % cfg.save_every == 0
+            if step % 10 == 0 or last or saves:
                 values = {name: round(part.item(), 4) for name, part in parts.items()}
                 if not math.isfinite(values["loss"]):
                     raise UserError(f"{stage}: loss {values['loss']} at step {step}; lower --lr")
                 bar.set_postfix(values)
                 values["seconds"] = round(time.time() - began, 2)
                 log.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-            if not last and (step + 1) % cfg.save_every == 0:
+            if saves and not last:
                 state = {"step": step + 1, "module": module.state_dict()}
                 torch.save({**state, "optimizer": optimizer.state_dict()}, data := io.BytesIO())
                 run.write(checkpoint, data.getvalue())
@@ -1173,13 +1170,12 @@ def load_run(run, name=None, device="cpu"):
     stages = [stage for stage in ["base", *cfg.arms] if run.has(f"{stage}.safetensors")]
     name = name or ("instance" if "instance" in stages else [None, *stages][-1])
     if name not in stages:
-        raise UserError(f"{run.folder} has no model {name}, only {stages}; train it, or another")
+        raise UserError(f"{run.folder} has no model {name or 'yet'}, only {stages}; train it")
     tokenizer = run.load("tokenizer", VisionTokenizer(cfg)).to(device)
     return cfg, tokenizer, run.load(name, UnifiedModel(cfg)).to(device), name
 
 def read_image(path, size):
     """Any picture as a person sees it, squeezed to (1, 3, size, size) in [0, 1]."""
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 89 to 178 million pixels
     def reader(path):
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -1202,7 +1198,7 @@ def png(picture):
 
 def save_png(image, path):
     """Write (3, h, w), enlarged."""
-    runs = [folder for folder in path.absolute().parents[:2] if Run(folder).has("config.json")]
+    runs = [folder for folder in path.absolute().parents[:2] if Run(folder).has("log.jsonl")]
     if path.suffix.lower() != ".png" or runs:
         raise UserError(f"will not write {path}; give --out a .png outside of runs")
     picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.NEAREST)
@@ -1211,13 +1207,13 @@ def save_png(image, path):
 def use(args, given):
     """--ask, --generate and --segment on a trained run."""
     run, out = find_run(args.run), Path(args.out or "out.png")
-    if fixed := set(given) - {"seed", "device"}:
-        raise UserError(f"a trained run has its own {', '.join(fixed)}; leave that out")
+    if unused := set(given) - {"device", "seed" if args.generate else "device"}:
+        raise UserError(f"{', '.join(unused)} has no use here; leave it out")
     device, seed = choose_device(given.get("device", "auto")), given.get("seed", 0) % 2 ** 32
     cfg, tokenizer, model, name = load_run(run, args.model, device)
     who = f"({run.folder}, model {name})"
     if args.generate:
-        save_png(generate(model, tokenizer, [args.generate], seed=seed)[0], out)
+        save_png(generate(model, tokenizer, [args.generate.strip(" .?!")], seed=seed)[0], out)
         return print(f"wrote {out} {who}")
     image = read_image(args.segment or args.ask[0], cfg.image_size).to(device)
     if args.segment:  # what this model was trained to draw
@@ -1261,7 +1257,8 @@ def command(argv):
     given = {name: value for name, value in vars(args).items() if name in NAMES}
     if any(value in ("", []) for value in vars(args).values()):
         raise UserError("an argument is empty; leave it out")
-    for name in ("model", "out") if args.train else ("preset", "base"):
+    unused = ["model", "out"] if args.train else ["preset", "base", *["out"] * bool(args.ask)]
+    for name in unused:
         if getattr(args, name):
             raise UserError(f"--{name} has no use here; leave it out")
     if not args.train:
@@ -1274,7 +1271,7 @@ def command(argv):
             raise UserError(f"--base has its own {', '.join(fixed) or 'preset'}; leave that out")
         start = vars(base.config()) | {"device": "auto", "threads": 0}
     cfg = Config(**start | given)
-    train(cfg, find_run(args.run or ("arms" if base else preset)).folder, base)
+    train(cfg, find_run(args.run or "runs/" + ("arms" if base else preset)).folder, base)
 
 def main(argv=None, command=command):
     """A command's exit code: 0, 2 for a mistake of the user, 130 if interrupted."""

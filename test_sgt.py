@@ -43,15 +43,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # else off in the back
 
 @pytest.fixture
 def exact(monkeypatch):
-    """fp32 everywhere, for comparisons to rounding."""
-    monkeypatch.setattr(kernels, "BF16", False)
+    monkeypatch.setattr(kernels, "BF16", False)  # fp32 everywhere
 
 def models(cfg=CFG):
-    """A tokenizer and a model in which every weight has a say: heads and outputs start at zero."""
     torch.manual_seed(0)
     tokenizer, model = sgt.VisionTokenizer(cfg), sgt.UnifiedModel(cfg)
     for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+        p.data += 0.1 * torch.randn_like(p)  # or some are zero, and have no say
     for head in (model.text_head, model.image_head):
         head.data.normal_()
     return tokenizer.requires_grad_(False), model
@@ -60,11 +58,8 @@ def thing(color, shape, x, y, size="big"):
     return Thing(shape, color, size, x, y, 32 * RADII[size], 0)
 def scene_of(*things):
     return Scene("0/val/test/0", [o._replace(index=i) for i, o in enumerate(things, 1)])
-def val_scenes(n, textured=False):
-    return [s._replace(textured=textured) for s in sgt.sample(CFG, "val", range(n), "masks")]
 
 def same(a, b):
-    """Whether two batches are equal to the bit."""
     return equal(a, b) if torch.is_tensor(a) else a is b or all(map(same, a, b))
 
 @parametrize("name, lines, size", [
@@ -85,14 +80,13 @@ def test_the_method_stands_between_its_fences_and_is_short():
     assert 100 < "".join(parts).count("\n") <= 190
     assert not re.search(r"cache|GraphedStep|compile|[\"']cuda", "".join(parts))
 
-def test_the_readme_quotes_the_loss_as_it_is_and_kernels_stand_alone():
-    """A formula that the code has left behind; kernels that no other project can take."""
+def test_the_readme_quotes_the_loss_and_kernels_stand_alone():
+    """A formula that the code left behind; kernels that nobody else can take."""
     line, = [line.strip() for line in SOURCE if line.strip().startswith("loss = 1.5 * text")]
     assert line in README
     text = (HERE / "kernels.py").read_text("utf-8")
     assert "import torch" in text and not re.search(r"^\s*(from|import) (sgt|eval)\b", text, re.M)
 
-# ---- 1. config
 @parametrize("field, value", [
     ("image_size", 60), ("image_size", 24), ("patch", 0), ("fsq_levels", "8,x"), ("width", 100),
     ("head_dim", 12), ("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("base_steps", -1),
@@ -105,22 +99,20 @@ def test_a_setting_that_cannot_work_is_refused_by_its_name(field, value):
         with pytest.raises(UserError, match=field):
             Config(**{**preset, field: value}).validate()
 
-# ---- 2. scenes
 def test_a_scene_and_its_picture_depend_on_its_key_alone():
-    """Scenes that change with the batch or the global seed; splits that share scenes."""
+    """Scenes that change with the batch or a global seed; splits that share them."""
     many = sgt.sample(CFG, "val", range(40), "masks")
     torch.manual_seed(1)
     one = sgt.sample(CFG, "val", [17], "masks")
     assert one[0] == many[17]
     assert same(sgt.render(CFG, one), [part[17:18] for part in sgt.render(CFG, many)])
-    others = [sgt.sample(CFG, split, range(40), "masks") for split in ("train", "arm")]
-    others.append(sgt.sample(dataclasses.replace(CFG, seed=4), "val", range(40), "masks"))
-    for other in others:
+    for split, seed in ("train", 3), ("arm", 3), ("val", 4):
+        other = sgt.sample(dataclasses.replace(CFG, seed=seed), split, range(40), "masks")
         assert sum(a.things == b.things for a, b in zip(many, other)) < 4
 
 @parametrize("preset", ["tiny", "base"])
 def test_objects_stay_inside_and_apart_but_for_one_pair(preset):
-    """Shapes that the border cuts off; two objects that merge; nothing to ask about occlusion."""
+    """Shapes that the border cuts off; objects that merge; no occlusion."""
     cfg, seen = Config(**PRESETS[preset]), Counter()
     for use, most in (("masks", 1), ("captions", 0)):
         pairs = 0
@@ -138,7 +130,7 @@ def test_objects_stay_inside_and_apart_but_for_one_pair(preset):
 
 def test_a_picture_shows_its_objects_where_the_instance_map_says():
     """A map that does not lie on the object; the wrong object in front."""
-    scenes = val_scenes(100)
+    scenes = evals.val_scenes(CFG, 100, "plain")
     for scene, image, instance in zip(scenes, *sgt.render(CFG, scenes)):
         for o in scene.things:
             mask = instance == o.index
@@ -150,28 +142,28 @@ def test_a_picture_shows_its_objects_where_the_instance_map_says():
 
 def test_the_textured_twin_has_the_same_shapes_and_other_pixels():
     """Two looks of which one is another world, or the same picture."""
-    plain, textured = (sgt.render(CFG, val_scenes(20, look)) for look in (False, True))
+    plain, textured = (sgt.render(CFG, evals.val_scenes(CFG, 20, look)) for look in evals.LOOKS)
     assert equal(plain.instance, textured.instance)
     change = (plain.image - textured.image).abs().mean(1)
     assert min(change[plain.instance == 0].mean(), change[plain.instance > 0].mean()) > 0.05
-    assert {s.textured for s in sgt.sample(CFG, "arm", range(20), "masks")} == {False, True}
+    for use, looks in ("masks", {False, True}), ("questions", {False}), ("captions", {False}):
+        assert {s.textured for s in sgt.sample(CFG, "arm", range(20), use)} == looks
     # an arm is asked about the same few textured scenes again
-    images = torch.cat([sgt.question_batch(CFG, "arm", step, 4)[0] for step in range(3)])
+    images = torch.cat([sgt.question_batch(CFG, "arm", range(i, i + 4))[0] for i in (0, 4, 8)])
     few, plain = images[::2], images[1::2]
     assert equal(few[:3], few[3:]) and len(images.unique(dim=0)) == 3 + 6
     assert few.diff().abs().mean((1, 2, 3)).min() > 1.5 * plain.diff().abs().mean((1, 2, 3)).max()
 
-# ---- 3. language
 def everything_asked(things, P=32, times=300):
-    """Every question about a scene that comes up, with its answer: always the same one."""
+    """Every question about a scene, with its answer: always the same one."""
     asked = {}
     for i, kind in product(range(times), QUESTIONS.values()):
         for question, answer in kind(things, random.Random(i), P):
             assert asked.setdefault(question, answer) == answer, question
     return asked
 
-def test_every_sentence_of_the_program_is_made_of_known_words_and_fits():
-    """A word without an embedding is left out, and the model is asked something else."""
+def test_every_sentence_is_made_of_known_words_and_fits():
+    """A word without an embedding."""
     for scene in sgt.sample(CFG, "train", range(150), "questions"):
         asked = everything_asked(scene.things, times=2)
         captions = list(sgt.captions(scene.things, random.Random(0), 32).values())
@@ -183,7 +175,7 @@ def test_every_sentence_of_the_program_is_made_of_known_words_and_fits():
         assert max(len(sgt.encode(text)) for text in captions) <= sgt.PROMPT_LEN
 
 def test_questions_have_the_answers_that_a_person_gives():
-    """Left and right exchanged, a wrong count, an ambiguous name, the hidden object in front."""
+    """Left for right, a wrong count, an ambiguous name, the hidden object in front."""
     asked = everything_asked([thing("red", "circle", 8, 8, "small"), thing("red", "ring", 24, 8),
                               thing("blue", "bar", 24, 24)])
     truth = {
@@ -201,13 +193,18 @@ def test_questions_have_the_answers_that_a_person_gives():
     assert not set(asked) & {"what shape is the red object?", "where is the circle from the bar?",
                              "is the ring bigger or smaller than the bar?"}
     pair = scene_of(thing("red", "circle", 10, 16), thing("blue", "ring", 16, 16)).things
-    asked = everything_asked(pair)
+    asked, (captions, facts) = everything_asked(pair), (
+        about(pair, random.Random(0), 32) for about in (sgt.captions, sgt.describe))
+    assert captions["attribution"] == "a red circle and a blue ring"
+    assert captions["colored position"] == "a blue ring right of a red circle"
+    assert {" ".join(sorted(fact.split())) for fact in facts[:-1].split(",")} == {
+        "big blue center front middle ring", "big circle hidden left middle red"}
     assert asked["is the ring in front of the circle?"] == "yes"
     assert asked["is the circle in front of the ring?"] == "no"
     assert asked["where is the ring?"] == "middle center"
 
-def test_a_dialogue_fits_supervises_its_answers_alone_and_ends_with_a_description():
-    """A loss on questions; an answer without END never stops; a description that is cut off."""
+def test_a_dialogue_fits_supervises_answers_and_ends_with_a_description():
+    """A loss on questions; an answer that never ENDs; a description that is cut off."""
     for scene in sgt.sample(CFG, "train", range(60), "questions"):
         (ids, answers), turns = sgt.dialogue(CFG, scene), []
         assert len(ids) == len(answers) <= sgt.TEXT_LEN
@@ -219,7 +216,7 @@ def test_a_dialogue_fits_supervises_its_answers_alone_and_ends_with_a_descriptio
         assert len(turns) >= 6 and turns[-2] == "list the objects."
         assert turns[-1].count(",") + 1 == len(scene.things)
 
-def test_no_answer_is_common_only_because_scenes_make_it_so():
+def test_no_answer_is_common_because_of_the_scenes():
     """A model that says yes to everything and is right."""
     scenes = sgt.sample(CFG, "train", range(1200), "questions")
     for kind, most in {"existence": 0.6, "occlusion": 0.6, "compare": 0.6, "relation": 0.5,
@@ -228,25 +225,27 @@ def test_no_answer_is_common_only_because_scenes_make_it_so():
         said = Counter(turn[1] for turn in turns if turn)
         assert max(said.values()) < most * said.total(), kind
 
-@parametrize("text", [
-    "Is there an image?", "is there a image", "  IS THERE\n A IMAGE ?? ", "Is there a image.?",
-    "Is there an image in the image?", "Please, is there an image in this photo?",
-    "Is there a image? Please answer yes or no.", "Is there a image? Answer with 'yes' or 'no'"])
-def test_the_wording_of_a_question_does_not_matter(text):
-    """An answer that depends on a question mark; a statement that becomes a question."""
-    said = [sgt.normalize(t) for t in (text, "List the  objects", " ?", "How many bars are there.")]
-    assert said == ["is there a image?", "list the objects.", "", "how many bars?"]
+@parametrize("asked, texts", {
+    "is there a image?": """  IS THERE\n A IMAGE ??; is there a image; Please, is there a image.?;
+        Is there an image in the image?; Is there an image? Please answer yes or no.;
+        Is there a image? Answer with 'yes' or 'no'""",
+    "list the objects.": "List the  objects", "": " ?; .", "is there a red bar?": "Is the bar red?",
+    "how many bars?": "How many bars are there.; how many bars are in the picture?",
+    "what color is the bar?": "What is the color of the bar?; which color is the bar",
+    "is the bar bigger or smaller than the ring?": "is the bar larger than the ring?"}.items())
+def test_the_wording_of_a_question_does_not_matter(asked, texts):
+    """An answer that depends on a question mark, or on manners."""
+    assert {sgt.normalize(text) for text in texts.split(";")} == {asked}
 
-# ---- 4. proxies
 def test_every_prompt_has_the_same_number_of_known_words():
-    """Arms that differ in where the codes stand; a prompt whose words are unknown."""
+    """Arms that differ in where codes stand; unknown words."""
     for name, color, shape in product(DRAWN, COLORS, SHAPES):
         prompt = PROXIES[name].prompt.format(name=f"{color} {shape}")
         assert len(sgt.encode(prompt)) == sgt.PROXY_LEN, prompt
         assert sgt.decode(sgt.encode(prompt)) == prompt
 
 def test_targets_of_a_scene_made_by_hand():
-    """Colors in the order of the list; a box that is filled; a view from the other side."""
+    """Colors in the order of the list; a filled box; a view from the other side."""
     scene = scene_of(thing("red", "square", 8, 8, "small"), thing("blue", "square", 24, 16),
                      thing("red", "ring", 8, 18))
     instance = sgt.render(CFG, [scene]).instance[0]
@@ -278,7 +277,7 @@ def test_targets_of_a_scene_made_by_hand():
 
 @parametrize("name", DRAWN)
 def test_arms_differ_in_the_target_alone_which_is_a_picture(name):
-    """An arm that sees other pictures, masks or replay than its rivals; noise from nowhere."""
+    """An arm that sees other pictures, masks or replay than its rivals."""
     ours, other = (sgt.make_batch(CFG, arm, 5) for arm in (name, "instance"))
     assert same(ours[:2], other[:2]) and same(ours[:2], sgt.make_batch(CFG, "none", 5)[:2])
     assert equal(ours.proxy[3], other.proxy[3]) and not same(
@@ -291,21 +290,23 @@ def test_arms_differ_in_the_target_alone_which_is_a_picture(name):
     assert image.shape == target.shape == (CFG.draws, 3, 32, 32)
     assert 0 <= min(image.min(), target.min()) and max(image.max(), target.max()) <= 1
     assert same(sgt.make_batch(CFG, name, 5).proxy, ours.proxy)
+    few = dataclasses.replace(CFG, arm_scenes=2)
+    assert equal(*(sgt.make_batch(few, name, step).proxy[2] for step in (1, 2)))
 
-# ---- 5. transformer, 6. tokenizer
-def test_rotary_embeddings_know_where_one_is_from_the_other():
-    """Attention that depends on the place in the row, or not on the column of the grid."""
-    q, k = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(0))
-    turn = lambda x, *place: sgt.rotate(x, *sgt.rotary(torch.tensor([place]), 32, x.dtype))
-    score = lambda *at: float((turn(q, *at[:2]) * turn(k, *at[2:])).sum())
-    here = score(3.0, 5.0, 5.0, 6.0)
-    assert math.isclose(here, score(10.0, 12.0, 12.0, 13.0), abs_tol=1e-4)
-    assert abs(here - score(3.0, 5.0, 5.0, 9.0)) > 1e-3 < abs(here - score(3.0, 5.0, 7.0, 6.0))
+@torch.no_grad()
+def test_blocks_know_where_one_is_from_the_other(exact):
+    """Attention that depends on the place, or not on one axis of the grid."""
+    x, blocks = torch.randn(1, 2, CFG.width), models()[1].encoder
+    states = lambda *places: sgt.run_blocks(blocks, x, torch.tensor(places))
+    here = states((3.0, 5.0), (5.0, 6.0))
+    assert allclose(here, states((10.0, 12.0), (12.0, 13.0)), atol=1e-4)
+    for place in (5.0, 9.0), (7.0, 6.0):
+        assert (here - states((3.0, 5.0), place)).abs().max() > 1e-3
 
-@parametrize("preset", ["tiny", "base"])
-def test_every_code_is_a_point_and_every_point_its_code(preset, monkeypatch):
-    """Codes that nothing can reach; a decoder that reads the channels in another order."""
-    tokenizer = sgt.VisionTokenizer(Config(**PRESETS[preset]))
+@parametrize("levels", ["5,5,5,5", "8,3,2"])
+def test_every_code_is_a_point_and_every_point_its_code(levels, monkeypatch):
+    """Codes that nothing can reach; channels that the decoder reads in another order."""
+    tokenizer = sgt.VisionTokenizer(Config(fsq_levels=levels))
     codes, points = torch.arange(tokenizer.levels.prod()), []
     monkeypatch.setattr(tokenizer, "reconstruct", lambda x: points.append(x[0]) or x)
     tokenizer.decode(codes[None])
@@ -313,8 +314,8 @@ def test_every_code_is_a_point_and_every_point_its_code(preset, monkeypatch):
     assert equal(found, codes) and allclose(again, points[0], atol=1e-6)
     assert len(again.unique(dim=0)) == len(codes)
 
-def test_rounding_is_exact_in_value_and_straight_through_in_gradient():
-    """Codes computed in bf16; a gradient of zero, or that of something else than tanh."""
+def test_rounding_is_exact_and_its_gradient_straight_through():
+    """Codes computed in bf16; a gradient other than that of tanh."""
     tokenizer, z = sgt.VisionTokenizer(CFG), torch.randn(500, 4, requires_grad=True)
     point, _ = tokenizer.quantize(z)
     point.sum().backward()
@@ -325,11 +326,10 @@ def test_rounding_is_exact_in_value_and_straight_through_in_gradient():
     rough = z.detach().bfloat16()
     assert same(tokenizer.quantize(rough), tokenizer.quantize(rough.float()))
 
-# ---- 7. the model
 @torch.no_grad()
 @parametrize("layout", ["understand", "generate", "proxy"])
-def test_what_a_row_may_not_see_does_not_change_it_by_a_bit(layout, exact):
-    """A leak: the target into the text, the answer into the question, words into the patches."""
+def test_what_a_row_may_not_see_does_not_change_it(layout, exact):
+    """A leak: target into text, answer into question, words into patches."""
     _, model = models()
     image, other_image = torch.rand(2, 2, 3, 32, 32) if layout != "generate" else (None, None)
     codes = torch.randint(CFG.codebook, (2, 2, CFG.tokens))
@@ -350,8 +350,7 @@ def test_what_a_row_may_not_see_does_not_change_it_by_a_bit(layout, exact):
 
 @pytest.fixture
 def spied(monkeypatch):
-    """The hidden states and the targets of every loss on tokens."""
-    kept, real = [], sgt.token_loss
+    kept, real = [], sgt.token_loss  # the hidden states and targets of every loss on tokens
     def keep(h, head, target):
         h.retain_grad()
         kept.append((h, target))
@@ -360,7 +359,7 @@ def spied(monkeypatch):
     return kept
 
 def test_the_target_is_supervised_and_not_the_picture(spied):
-    """The official code's bug: codes of the picture that is looked at, in every arm."""
+    """The official code's bug: codes of the picture that is looked at."""
     (tokenizer, model), batch = models(), sgt.make_batch(CFG, "instance", 0)
     sgt.losses(model, tokenizer, batch)
     (_, drawn), (_, target) = spied[-2:]
@@ -368,8 +367,8 @@ def test_the_target_is_supervised_and_not_the_picture(spied):
     assert not equal(target, tokenizer.encode(batch.proxy[0]))
     assert equal(drawn, tokenizer.encode(batch.captions[2]))
 
-def test_the_picture_enters_a_drawing_through_the_vision_encoder_alone(exact, monkeypatch):
-    """A way around the encoder: codes of the picture in the row, and nothing learns to see."""
+def test_the_picture_enters_a_drawing_through_the_encoder_alone(exact, monkeypatch):
+    """A way around the encoder: codes of the picture, and nothing learns to see."""
     (tokenizer, model), batch = models(), sgt.make_batch(CFG, "instance", 0)
     sgt.losses(model, tokenizer, batch)["proxy"].backward()
     sees = [p for name, p in model.named_parameters() if name.startswith(("stem", "encoder"))]
@@ -382,7 +381,7 @@ def test_the_picture_enters_a_drawing_through_the_vision_encoder_alone(exact, mo
     assert equal(*blind)
 
 def test_the_picture_loss_is_on_hidden_codes_and_they_are_hidden(exact, monkeypatch, spied):
-    """Copying what is visible counted as learning; a target that can be read in the row."""
+    """Copying counted as learning; a target that can be read in the row."""
     (tokenizer, model), proxy = models(), sgt.make_batch(CFG, "depth", 1).proxy
     sgt.image_loss(model, tokenizer, *proxy).backward()
     (h, codes), = spied
@@ -394,17 +393,17 @@ def test_the_picture_loss_is_on_hidden_codes_and_they_are_hidden(exact, monkeypa
 
 def test_padding_is_never_a_target_and_never_seen(exact):
     """A model that learns to say nothing."""
-    (_, model), (image, text, answer) = models(), sgt.question_batch(CFG, "train", 0, 6)
+    (_, model), (image, text, answer) = models(), sgt.question_batch(CFG, "train", range(6))
     other = text.clone()
     for row, changed, said in zip(text, other, answer):
         end = int(row.nonzero().max())
         assert said[end] == sgt.END and (said[end + 1:] == -100).all()
-        changed[end + 1:] = 9
+        changed[end:] = 9
     assert not equal(text, other)
     assert equal(*(sgt.text_loss(model, image, t, answer) for t in (text, other)))
 
 def test_each_loss_is_the_mean_over_its_own_tokens(exact):
-    """A proxy that thins out the replay: arms would differ in their learning rate."""
+    """A proxy that thins out the replay."""
     cfg = dataclasses.replace(CFG, proxy_weight=0.5)
     (tokenizer, model), batch = models(cfg), sgt.make_batch(CFG, "depth", 0)
     twice = batch._replace(proxy=[torch.cat([part, part]) for part in batch.proxy])
@@ -418,11 +417,12 @@ def test_each_loss_is_the_mean_over_its_own_tokens(exact):
 def test_the_hidden_share_follows_the_cosine_and_is_never_empty():
     """An inverted schedule; a picture without a loss; the same places each time."""
     is_masked = sgt.mask_codes(CFG, 4000, torch.Generator().manual_seed(0)).float()
-    share, places = is_masked.mean(1), (is_masked.mean(0) - 2 / math.pi).abs()
-    assert share.min() > 0 and places.mean() < 0.02 and places.max() < 0.05
+    share, places = is_masked.mean(1).sort().values, (is_masked.mean(0) - 2 / math.pi).abs()
+    assert (share - torch.linspace(math.pi / 2, 0, 4000).cos()).abs().max() < 0.06
+    assert share[0] > 0 and places.max() < 0.05
 
-def test_the_first_losses_are_a_uniform_guess_and_an_arm_is_a_copy():
-    """A wrong vocabulary, a bad start; an arm that shares weights, whose matrices AdamW gets."""
+def test_the_first_losses_are_a_guess_and_an_arm_is_a_copy():
+    """A bad start; an arm that shares weights, or whose matrices AdamW gets."""
     tokenizer, base = sgt.VisionTokenizer(CFG), sgt.UnifiedModel(CFG)
     parts = sgt.losses(base, tokenizer, sgt.make_batch(CFG, "depth", 0))
     found = torch.stack([parts[name] for name in ("text", "captions", "proxy")])
@@ -434,11 +434,10 @@ def test_the_first_losses_are_a_uniform_guess_and_an_arm_is_a_copy():
     matrices = kernels.Optimizer(arm, 0.1, 0.1).param_groups[0]["params"]
     assert len(matrices) == 2 + 4 * (CFG.encoder_depth + CFG.depth)
 
-# ---- 8. sampling
 @torch.no_grad()
 def test_cached_answers_are_those_of_reading_everything_again(exact):
-    """A cache that is off by one; padding between question and answer; a neighbour's column."""
-    (_, model), images = models(), sgt.render(CFG, val_scenes(4)).image
+    """A cache off by one; padding between question and answer; a neighbour's column."""
+    (_, model), images = models(), sgt.render(CFG, evals.val_scenes(CFG, 4, "plain")).image
     questions = ["how many red objects?", "is there a ring?", "list the objects.",
                  "where is the blue square from the red circle?"]
     together = sgt.answer(model, images, questions, limit=7)
@@ -455,7 +454,7 @@ def test_cached_answers_are_those_of_reading_everything_again(exact):
 @torch.no_grad()
 @parametrize("guidance, looks", [(1.0, False), (2.5, False), (2.5, True)])
 def test_a_greedy_picture_is_that_of_a_loop_of_full_passes(guidance, looks, exact):
-    """An inverted schedule, codes that change after they were fixed, guidance the wrong way."""
+    """An inverted schedule, fixed codes that change, guidance the wrong way."""
     _, model = models(dataclasses.replace(CFG, guidance=guidance, temperature=0.0))
     image = torch.rand(2, 3, 32, 32) if looks else None
     texts = ["paint every class another color.", "segment only the red ring."]
@@ -475,7 +474,7 @@ def test_a_greedy_picture_is_that_of_a_loop_of_full_passes(guidance, looks, exac
     assert equal(drawn, codes) and codes.max() < CFG.codebook
 
 def test_a_seed_decides_the_picture_and_every_code_is_drawn(exact):
-    """A picture that cannot be drawn twice; a code that stays masked; no guidance that guides."""
+    """A picture that cannot be drawn twice; a code that stays masked; guidance of 1."""
     model = lambda guidance: models(dataclasses.replace(CFG, guidance=guidance))[1]
     draw = lambda seed, guidance: sgt.generate(model(guidance), CODES, ["a ring"], seed=seed)
     first = draw(1, 1.0)
@@ -484,7 +483,6 @@ def test_a_seed_decides_the_picture_and_every_code_is_drawn(exact):
     assert equal(first, draw(1, 1.0)) and (draw(1, 1 + 1e-6) == first).float().mean() > 0.9
     assert not equal(first, draw(2, 1.0)) and not equal(first, draw(1, 3.0))
 
-# ---- 9. training and the run folder
 SMOKE = ["--train", "--preset", "smoke", "--threads", "1"]
 
 def python(file, *args, cwd=None, **env):
@@ -496,12 +494,11 @@ def contents(folder):
             for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 def refused(code, said):
-    """A mistake is one line and exit code 2."""
     return code == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with runs/smoke, made by the real command, and some things that are no runs."""
+    """A folder with runs/smoke, made by the real command, and what is no run."""
     folder = tmp_path_factory.mktemp("trained")
     done = python("sgt.py", *SMOKE, cwd=folder)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -512,7 +509,6 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copied(trained, tmp_path, monkeypatch):
-    """The run in a copy of the folder of `trained`, to be damaged."""
     shutil.copytree(trained, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return Path("runs/smoke")
@@ -522,12 +518,11 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(evals, "evaluate", lambda run, device: None)
     monkeypatch.setattr(evals, "show", lambda run: "no report")
 
-def test_training_leaves_every_file_and_the_same_command_again_changes_nothing(trained):
-    """A missing file; a run that trains again; a report that ASCII or `| head` breaks."""
+def test_training_leaves_every_file_and_again_changes_nothing(trained):
+    """A missing file; a run that trains again; a report that ASCII breaks."""
     stages, run = "tokenizer base none reconstruction instance".split(), trained / "runs/smoke"
     before = contents(run)
-    head = subprocess.getoutput(f"cd {trained} && {sys.executable} {HERE / 'eval.py'} | head -1")
-    assert head.startswith("Understanding") and "\n" not in head
+    assert not subprocess.getoutput(f"cd '{trained}'; '{sys.executable}' '{HERE}/eval.py' | true")
     assert set(before) == {
         ".lock", "sgt.py", "config.json", "log.jsonl", "report.json", "report.md", "report.html",
         "samples/comparison.png", "samples/prompts.png", *(f"{s}.safetensors" for s in stages)}
@@ -543,8 +538,7 @@ EDITED = [None, [], {}, "x", -1, 0.5, True, "", 1e308, [[]], "3"]
 MICRO = [*SMOKE, "--tok-steps=4", "--base-steps=4", "--arm-steps=3", "--save-every=2",
          "--proxies=none,instance"]
 
-def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
-        tmp_path, monkeypatch, unmeasured):
+def test_a_run_stopped_or_in_a_thread_has_the_same_bits(tmp_path, monkeypatch, unmeasured):
     """State not saved: momentum, step, place in the data; lines logged twice."""
     stops = [("tokenizer", 3), ("base", 2), ("none", 1), ("instance", 2)]
     whole, halves, thread = ([*MICRO, "--run", str(tmp_path / name)] for name in "abc")
@@ -565,10 +559,10 @@ def test_a_run_that_was_stopped_or_is_in_a_thread_ends_with_the_same_bits(
     a, b, c = (contents(tmp_path / name) for name in "abc")
     logs = [re.sub(rb', "seconds": [^}]*', b"", files.pop("log.jsonl")) for files in (a, b, c)]
     assert a == b == c and "base.pt" not in a and "instance.safetensors" in a
-    assert logs[0] == logs[1] == logs[2] and logs[0].count(b'"instance"') == 2
+    assert logs[0] == logs[1] == logs[2] and logs[0].count(b'"instance"') == 3
 
-def test_a_run_can_be_stopped_with_ctrl_c_and_says_what_it_lacks(tmp_path):
-    """Work lost on Ctrl-C; a traceback; a half-made run that is taken for a whole one."""
+def test_a_run_stopped_with_ctrl_c_says_what_it_lacks(tmp_path):
+    """Work lost on Ctrl-C; a traceback; a half-made run taken for a whole one."""
     process = subprocess.Popen([sys.executable, HERE / "sgt.py", *SMOKE, "--tok-steps", "9999"],
                                cwd=tmp_path, text=True, stderr=subprocess.PIPE)
     log = tmp_path / "runs/smoke/log.jsonl"
@@ -583,8 +577,8 @@ def test_a_run_can_be_stopped_with_ctrl_c_and_says_what_it_lacks(tmp_path):
     done = python("eval.py", "runs/smoke", cwd=tmp_path)
     assert refused(done.returncode, done.stderr) and "base" in done.stderr
 
-def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, capsys):
-    """A comparison in which every arm has a base of its own, or one of another world."""
+def test_arms_can_have_the_base_of_another_run(copied, unmeasured, capsys):
+    """Arms that each have a base of their own, or one of another world."""
     theirs, base = contents(copied), ["--train", "--base", "smoke", "--threads", "1", "--run"]
     for wrong in ("--width=128", "--seed=1", "--preset=tiny", "--base=nowhere"):
         assert refused(sgt.main([*base, "other", wrong]), capsys.readouterr().err)
@@ -601,16 +595,15 @@ def test_arms_can_be_trained_on_the_base_of_another_run(copied, unmeasured, caps
         if options == "--ratio 0":
             assert ours["instance.safetensors"] == theirs["none.safetensors"]
 
-# ---- 10. commands
 def test_help_explains_every_setting():
     """A setting whose comment does not reach the keyboard."""
-    said = " ".join(python("sgt.py", "--help").stdout.split())
+    said = " ".join(python("sgt.py", "--help", COLUMNS="99").stdout.split())
     for field in dataclasses.fields(Config):
         line, = [line for line in SOURCE if line.startswith(f"    {field.name}: {field.type} = ")]
         assert f"{line.split('#', 1)[1].strip()} (default: {field.default})" in said
 
 def test_any_picture_can_be_asked_about(copied, tmp_path):
-    """A crash on 16 bits or a palette; glass that is black; a photograph on its side."""
+    """A crash on 16 bits or a palette; black glass; a photograph on its side."""
     exif, deep = Image.Exif(), np.arange(4096, dtype=np.uint16).reshape(64, 64)
     exif[274] = 6  # turned by a quarter
     Image.linear_gradient("L").save(tmp_path / "turned.jpg", exif=exif)
@@ -632,7 +625,7 @@ def test_any_picture_can_be_asked_about(copied, tmp_path):
     assert low["ink"][0] > 0.7 and high["ink"][1:].max() < 0.3
 
 def test_the_verbs_use_the_newest_run_from_anywhere(copied, tmp_path, capsys, monkeypatch):
-    """A run that is not found; a seed without effect; a word that ASCII cannot say."""
+    """A run that is not found; a seed without effect; a word not in ASCII."""
     run, red, drawn = ["--run", str(copied.resolve())], str(Path("red.png").resolve()), []
     assert sgt.main(["--ask", "red.png", "Is there an IMAGE?"]) == 0
     first = capsys.readouterr()
@@ -660,36 +653,35 @@ def test_every_lab_of_the_readme_can_be_done():
     labs = README.split("## Eight labs")[1].split("\n- **(")[1:]
     for lab in labs:
         text = "\n".join(SOURCE)
-        for old, new in re.findall(r"`([^`]+)`\s→\s`([^`]+)`", lab):
+        edits = re.findall(r"`([^`]+)`\s→\s`([^`]+)`", lab)
+        assert edits or lab.startswith("d")
+        for old, new in edits:
             assert text.count(old) == 1, old
             text = text.replace(old, new)
         exec(text, made := {"__name__": "sgt", "__file__": sgt.__file__})
-        tokenizer, model = made["VisionTokenizer"](CFG).eval(), made["UnifiedModel"](CFG)
+        tokenizer, model = made["VisionTokenizer"](CFG), made["UnifiedModel"](CFG)
         arm, = set(made["PROXIES"]) - set(PROXIES) or {"instance"}
         assert made["losses"](model, tokenizer, made["make_batch"](CFG, arm, 0))["loss"].isfinite()
+        assert made["generate"](model, tokenizer, ["a ring"]).isfinite().all()
     assert len(labs) == 8
 
-@parametrize("line", re.split(r";\s*", """; --trian; --train --base-step 3; --train --lr nan;
---train --depth -1; --train --preset huge; --train --run red.png/x;
---train --preset smoke --depth 3; --train --run notes/../red.png; --train --model none;
---train --ratio 0.05; --segment; --train --device tpu; --ask red.png; --ask no.png what?;
---ask notes what?; --ask junk.png what?; --ask red.png what? --image-size 64; --generate=;
---segment red.png --model sky; --generate ring extra; --generate ring --out .;
---generate ring --run none; --generate ring --out a.txt; --generate ring --guidance -1;
---train --generate ring; --train --lr fast; --train --preset=; --train --run .; --train --run=;
---train --proxies none,sky; --ask red.png ?; --segment=; --generate ring --seed 1e3;
---generate ring --image-size 64; --generate ring --out runs/smoke/samples/prompts.png;
---segment red.png --out runs/smoke/a.png"""))
+@parametrize("line", ["", *re.split(r";\s*", """--train --base-step 3; --train --preset huge;
+--train --preset smoke --depth 3; --train --run red.png/x; --train --run notes/../red.png;
+--train --model none; --train --ratio 0.05; --train --device tpu; --train --run .; --train --run=;
+--train --generate ring; --ask red.png; --ask no.png what?; --ask notes what?; --ask red.png ?;
+--ask junk.png what?; --ask red.png what? --image-size 64; --ask red.png what? --seed 1;
+--ask red.png what? --out a.png; --segment red.png --model sky; --generate ring extra;
+--generate ring --run none; --generate ring --out a.txt; --generate ring --seed 1e3;
+--generate ring --out runs/smoke/samples/prompts.png; --segment red.png --out runs/smoke/a.png""")])
 def test_a_mistake_is_one_line_and_changes_nothing(line, copied, capsys, monkeypatch):
-    """A traceback; a half-written file; a run with other settings than it says."""
+    """A traceback; a half-written file."""
     monkeypatch.setattr(sgt, "train_stage", None)
     before = contents(".")
     assert refused(sgt.main(line.split()), capsys.readouterr().err)
     assert contents(".") == before
 
-# ---- eval.py
 @parametrize("preset", ["tiny", "base"])
-def test_the_judge_parses_true_pictures_and_is_not_easily_pleased(preset):
+def test_the_judge_is_right_and_not_easily_pleased(preset):
     """A judge whose mistakes look like the model's, or who says yes to anything."""
     cfg = Config(**PRESETS[preset])
     items = evals.collect(cfg, evals.GENEVAL, 120, "captions", evals.prompt)
@@ -700,6 +692,7 @@ def test_the_judge_parses_true_pictures_and_is_not_easily_pleased(preset):
     for item, found in zip(items[::4], evals.judge(images[::4])):
         about = lambda o: (round(o.y / 4), round(o.x / 4), *o[:3])
         assert sorted(map(about, found)) == sorted(map(about, item.scene.things))
+        assert "/val/" in item.scene.key
 
 def test_prompts_are_judged_by_the_rules_of_geneval():
     """Counts that are not exact; a color on the wrong object; left taken for right."""
@@ -715,22 +708,21 @@ def test_prompts_are_judged_by_the_rules_of_geneval():
         assert not evals.satisfied(item, [])
 
 def test_panoptic_quality_of_cases_worked_by_hand():
-    """Misses that do not count, a match at half an overlap, nothing divided by nothing."""
+    """Misses that do not count, a match at half, nothing divided by nothing."""
     square = torch.zeros(1, 8, 8, dtype=torch.bool)
     square[0, :4, :4] = True
     part, half, far, nothing = square.clone(), square.clone(), square.roll(4, 1), square[:0]
-    part[0, 3] = False  # 12 of 16 pixels: IoU 0.75
+    part[0, 3] = part[0, :, 3] = False  # 9 of 16 pixels: IoU 0.5625
     half[0, 2:] = False  # IoU 0.5 is no match
     quality = lambda p, t: evals.panoptic_quality([p], [t])
     assert quality(square, square) == quality(nothing, nothing) == 100
     assert quality(half, square) == quality(nothing, square) == quality(square, nothing) == 0
-    assert quality(part, square) == 75
+    assert quality(part, square) == 56.25
     assert math.isclose(quality(torch.cat([square, far]), square), 100 / 1.5, rel_tol=1e-6)
-    assert evals.panoptic_quality([part, nothing], [square, far]) == 50
+    assert evals.panoptic_quality([part, nothing], [square, far]) == 37.5
 
-def test_exported_masks_score_by_default_cocoeval_what_the_command_says(
-        copied, tmp_path, capsys, monkeypatch):
-    """Masks of another picture, or lost on their way; an AP of our own; a perfect one below 100."""
+def test_exported_masks_score_by_cocoeval_as_said(copied, tmp_path, capsys, monkeypatch):
+    """Masks of another picture, or lost on their way; an AP of our own."""
     cfg, folder = sgt.Run("runs/smoke").config(), tmp_path / "new"
     scenes = sgt.sample(cfg, "val", range(cfg.eval_masks), "masks")
     right, truth = sgt.draw_proxy(cfg, "instance", scenes)[2], sgt.render(cfg, scenes).instance
@@ -750,8 +742,13 @@ def test_exported_masks_score_by_default_cocoeval_what_the_command_says(
         assert (name == "right") == ("AP, textured 100.0" in said) == ("PQ, textured 100.0" in said)
     assert refused(evals.main(["smoke", "--export", str(folder)]), capsys.readouterr().err)
 
-def test_baselines_and_probes_see_no_answers():
-    """A guess that knows the truth; a probe that is scored on what it was fitted to."""
+def test_baselines_and_probes_see_no_answers(monkeypatch):
+    """A guess that knows the truth, a probe scored on what it was fitted to; one look."""
+    items, seen = evals.collect(CFG, QUESTIONS, 10, "questions", evals.question), []
+    monkeypatch.setattr(sgt, "answer", lambda model, image, *rest, **limit:
+                        seen.append(image) or [item.truth for item in items])
+    assert all(evals.right(models()[1], items, look).all() for look in (False, True))
+    assert not equal(*seen)
     for kind, text, truths in (("existence", "is there a red ring?", ["yes", "no"]),
                                ("counting", "a text that never was", sgt.NUMBERS)):
         items = [evals.Item(kind, None, text, truth) for truth in truths]
@@ -760,11 +757,17 @@ def test_baselines_and_probes_see_no_answers():
     linear = F.one_hot(y, 3) + 0.3 * torch.randn(600, 3)
     assert evals.probe(linear, y) > 95 and evals.probe(nothing, y) < 45
 
-def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, capsys):
-    """A mean over runs with other settings, or one run twice; a report that depends on chance."""
+def test_a_study_shows_means_and_differences_of_one_recipe(copied, capsys, monkeypatch):
+    """A mean over other settings, or of one run twice; a report that depends on chance."""
     other = shutil.copytree(copied, copied.parent / "other") / "report.json"
     report, before = json.loads(other.read_text()), other.read_bytes()
-    (copied / "report.json").rename(copied / "sgt.py")
+    hits = iter([n * n for n in range(8)])  # plain and textured, of base, SFT, ...
+    with monkeypatch.context() as patch:
+        patch.setattr(evals, "right", lambda m, items, look: np.arange(len(items)) < next(hits))
+        assert evals.main(["smoke", "--again"]) == 0
+    assert "SGT − SFT on textured scenes: +66.7 ± " in capsys.readouterr().out
+    (copied / "report.json").unlink()
+    (copied / "sgt.py").write_text("")
     assert sgt.main(SMOKE) == 0 and (copied / "report.json").read_bytes() == before
     assert "began with another sgt.py" in capsys.readouterr().err
     report["config"]["seed"] = 1
@@ -779,8 +782,8 @@ def test_a_study_shows_means_and_each_difference_of_one_recipe_alone(copied, cap
         other.write_text(json.dumps({**report, "config": {**report["config"], **wrong}}))
         assert refused(evals.main(["smoke", "other"]), capsys.readouterr().err)
 
-def test_the_check_passes_and_an_unknown_setting_of_the_environment_is_refused():
-    """A kernel that is wrong on this machine; a typo that silently measures something else."""
+def test_the_check_passes_and_an_unknown_variable_is_refused():
+    """A kernel that is wrong on this machine; a typo that measures something else."""
     done = [python("kernels.py", "--check", **env)
             for env in ({}, {"SGT_KERNELS": "fast"}, {"SGT_BF16": "yes"})]
     assert done[0].returncode == 0 and "all agree" in done[0].stdout, done[0].stdout
@@ -789,7 +792,7 @@ def test_the_check_passes_and_an_unknown_setting_of_the_environment_is_refused()
 @parametrize("backend", ["reference", "bmm", "sdpa"])
 @parametrize("sees", [[3, 3, 3, 0, 5, 6, 9], [[9] * 7, [1, 2, 3, 4, 5, 0, 8]]])
 def test_attention_is_its_definition_in_value_and_gradient(backend, sees):
-    """A wrong backward pass; NaN from a row that sees nothing; a leak of a bit."""
+    """A wrong backward pass; NaN from a row that sees nothing."""
     sees, rows = torch.tensor(sees), []
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (7, 9, 9))
     for b, h, i in product(range(2), range(3), range(7)):
@@ -801,11 +804,8 @@ def test_attention_is_its_definition_in_value_and_gradient(backend, sees):
     grad = torch.randn_like(out)
     for x, y in zip(*(torch.autograd.grad(each, (q, k, v), grad) for each in (out, exact))):
         assert allclose(x, y, atol=1e-12)
-    loud = [x.detach().index_fill(2, torch.tensor([5]), value) for x, value in ((k, 30), (v, -999))]
-    changed = (kernels.BACKENDS[backend](q, *loud, sees) != out).any(-1)
-    assert equal(changed, (sees > 5).expand(2, 7)[:, None].expand(2, 3, 7))
 
-def test_a_cache_is_written_where_it_is_told_and_a_mask_can_be_drawn():
+def test_a_cache_is_written_where_told_and_a_mask_is_drawn():
     """Keys of one sample in the column of another; a picture of another mask."""
     cache, new = kernels.KVCache(*torch.zeros(2, 2, 1, 6, 4)), torch.rand(2, 1, 2, 4)
     k, v = cache.put(new, -new, 1)
@@ -814,8 +814,8 @@ def test_a_cache_is_written_where_it_is_told_and_a_mask_can_be_drawn():
     assert (k[:, 0, :, 0] > 9).tolist() == [[True] + [False] * 5, [False] * 5 + [True]]
     assert kernels.draw(kernels.staircase(2, 2, 1)) == "##...\n##...\n###..\n####.\n#####"
 
-def test_the_optimizer_is_muon_for_each_matrix_and_adamw_for_the_rest(exact):
-    """Matrices that mix; a stack taken for one matrix; a state that is not saved."""
+def test_the_optimizer_is_muon_for_matrices_and_adamw_for_the_rest(exact):
+    """Matrices that mix; a stack taken for one; a state that is not saved."""
     module = torch.nn.ParameterList([sgt.matrix(3, 8, 8), sgt.matrix(16, 8), sgt.matrix(8, 24),
                                      sgt.matrix(16, 8), sgt.table(8, 8), sgt.table(5)])
     plain = [p.detach().clone() for p in module]
@@ -832,9 +832,8 @@ def test_the_optimizer_is_muon_for_each_matrix_and_adamw_for_the_rest(exact):
         w -= 0.01 * max(1, len(w) / w.shape[1]) ** 0.5 * x
     for step in range(4):
         if step == 2:
-            saved = optimizer.state_dict()
-            optimizer = kernels.Optimizer(module, 0.02, 0.02)
-            optimizer.load_state_dict(saved)
+            old, optimizer = optimizer, kernels.Optimizer(module, 0.02, 0.02)
+            optimizer.load_state_dict(old.state_dict())
         for p in module:
             p.grad = torch.randn_like(p)
         for group in zip(plain[:4], momentum, [p.grad for p in module]):
@@ -857,9 +856,10 @@ def test_the_compiled_block_is_the_block_for_every_length(exact, monkeypatch, ca
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for plain, compiled in (grads[:2], grads[2:]):
         assert allclose(plain, compiled, atol=1e-4, rtol=1e-3)
-    assert "not compiled" not in capsys.readouterr().out
+    assert "not compiled" not in capsys.readouterr().err
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
-def test_nothing_that_a_person_types_or_edits_ends_in_a_traceback(copied, capsys, monkeypatch):
+def test_nothing_typed_or_edited_ends_in_a_traceback(copied, capsys, monkeypatch):
     """Whatever the tests above did not think of."""
     rng, faults = random.Random(0), []
     monkeypatch.setattr(sgt, "train_stage", None)
