@@ -29,9 +29,9 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 import sgt
-from sgt import MAX_OBJECTS, PALETTE, PROXIES, QUESTIONS, RADII, Run, Thing, UserError
+from sgt import LOOKS, MAX_OBJECTS, PALETTE, PROXIES, QUESTIONS, RADII, Run, Thing, UserError
 
-SHAPES, COLORS, LOOKS = list(sgt.SHAPES), list(sgt.COLORS), ("plain", "textured")
+SHAPES, COLORS = list(sgt.SHAPES), list(sgt.COLORS)
 REASONING = ("compare", "arithmetic")  # the others are perception, which the paper sees improve
 
 # ==== 1. Judge: parse a picture back into objects
@@ -154,8 +154,7 @@ def average_precision(truth, results):
     return 100 * float(measured.stats[0])
 
 def val_scenes(cfg, n, look):
-    return [scene._replace(textured=look == "textured")
-            for scene in sgt.sample(cfg, "val", range(n), "masks")]
+    return [scene._replace(look=look) for scene in sgt.sample(cfg, "val", range(n), "masks")]
 
 def segmentation(cfg, model, tokenizer, folder=None):
     """PQ and AP of the masks that a model (None: the tokenizer, the ceiling) draws of held-out
@@ -208,11 +207,11 @@ def collect(cfg, kinds, total, use, turn):
 def question(cfg, kind, scene):
     return sgt.ask(kind, scene.things, scene.rng(kind), cfg.image_size)
 
-def right(model, items, textured):
+def right(model, items, look):
     """Which of a model's greedy answers, about one look of the scenes, are the true ones."""
     said = []
     for part in (items[i:i + 250] for i in range(0, len(items), 250)):
-        image = sgt.render(model.cfg, [i.scene._replace(textured=textured) for i in part]).image
+        image = sgt.render(model.cfg, [i.scene._replace(look=look) for i in part]).image
         said += sgt.answer(model, image.to(model.word.device), [i.text for i in part], limit=5)
     return np.array([answer == item.truth for answer, item in zip(said, items)])
 
@@ -271,7 +270,7 @@ def probe(x, y):
 def inside(cfg, model, n=600):
     """In %, behind the encoder: a linear probe for the shape in textured patches, and the cosine of
     the centred features of a scene's two looks."""
-    looks = [sgt.render(cfg, val_scenes(cfg, n, look)) for look in LOOKS]
+    looks = [sgt.render(cfg, val_scenes(cfg, n, look)) for look in LOOKS[:2]]
     features = [model.see(look.image.to(model.word.device)).cpu() for look in looks]  # (B, U, D)
     centred = [x - x.mean((0, 1)) for x in features]
     cover = F.one_hot(looks[1].instance, MAX_OBJECTS + 1).float().permute(0, 3, 1, 2)
@@ -301,6 +300,7 @@ def markdown(report):
     for part, beside, title in [
         ("plain", ["question only"], f"Understanding of plain scenes: {asked}"),
         ("textured", ["question only"], f"Understanding of textured scenes: {asked}"),
+        ("noisy", ["question only"], f"Understanding of noisy scenes, as no training has: {asked}"),
         ("generation", ["true", "ceiling"], "Generation: % of pictures that show what was asked "
          "(true: of true pictures; ceiling: of these after the tokenizer's round trip)"),
         ("masks", ["mask ceiling"], "Masks: panoptic quality and average precision"),
@@ -314,9 +314,10 @@ def markdown(report):
     pace = report.get("ms a step", {}).items()
     out.append("Milliseconds a step: " + ", ".join(f"{stage} {ms:.0f}" for stage, ms in pace))
     for arm, entry in models.items():
-        if "textured - SFT" in entry:
-            difference = "{:+.1f} ± {:.1f}".format(*entry["textured - SFT"])
-            out.append(f"{LABELS[arm]} − SFT on textured scenes: {difference}")
+        for look in LOOKS:
+            if f"{look} - SFT" in entry:
+                difference = "{:+.1f} ± {:.1f}".format(*entry[f"{look} - SFT"])
+                out.append(f"{LABELS[arm]} − SFT on {look} scenes: {difference}")
     return "\n".join(out)
 
 def read_report(run):
@@ -363,19 +364,18 @@ def evaluate(run, device):
               "mask ceiling": segmentation(cfg, None, tokenizer), "models": {}}
     # the picture: both looks of four scenes, their masks, what each model draws and answers
     four = sgt.sample(cfg, "val", range(4), "masks")
-    both = [scene._replace(textured=look) for scene in four for look in (False, True)]
+    both = [scene._replace(look=look) for scene in four for look in LOOKS[:2]]
     seen, _, target = sgt.draw_proxy(cfg, "instance", both)
     wonder = [f"how many {sgt.plural(scene.things[0].shape)}?" for scene in both]
-    masks, free, textured = [("picture", seen, wonder), ("true masks", target, None)], [], {}
+    masks, free, hits = [("picture", seen, wonder), ("true masks", target, None)], [], {}
     for arm in tqdm(["base", *cfg.arms], "measuring"):
         model = sgt.load_run(run, arm, device)[2]
-        hits = [right(model, items, look == "textured") for look in LOOKS]
+        hits[arm] = {look: right(model, items, look) for look in LOOKS}
         drawn = torch.cat([sgt.generate(model, tokenizer, texts[i:i + 100], seed=i)
                            for i in range(0, len(texts), 100)])
         entry = report["models"][arm] = {
-            **{look: by_kind(items, each) for look, each in zip(LOOKS, hits)},
+            **{look: by_kind(items, each) for look, each in hits[arm].items()},
             "generation": pictures_score(drawn_of, drawn), "inside": inside(cfg, model)}
-        textured[arm] = 100.0 * hits[1]
         if arm in ("instance", "shuffled"):
             entry["masks"] = segmentation(cfg, model, tokenizer)
         proxy = arm if arm in PROXIES and PROXIES[arm].target else "instance"
@@ -390,9 +390,10 @@ def evaluate(run, device):
         if a["stage"] == b["stage"]:
             pace[a["stage"]].append((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]))
     report["ms a step"] = {stage: 1000 * statistics.median(each) for stage, each in pace.items()}
-    for arm in (set(textured) - {"base", "none"} if "none" in textured else ()):
-        d = textured[arm] - textured["none"]
-        report["models"][arm]["textured - SFT"] = [float(d.mean()), float(d.std() / len(d) ** 0.5)]
+    arms = set(hits) - {"base", "none"} if "none" in hits else ()
+    for arm, look in itertools.product(arms, LOOKS):
+        d = 100.0 * hits[arm][look] - 100.0 * hits["none"][look]
+        report["models"][arm][f"{look} - SFT"] = [float(d.mean()), float(d.std() / len(d) ** 0.5)]
     run.write("samples/comparison.png", picture_grid(masks))
     run.write("samples/prompts.png", picture_grid(free))
     run.write("report.md", markdown(report) + "\n")
@@ -433,7 +434,7 @@ def mean(parts):
     if not isinstance(parts[0], dict):
         return statistics.fmean(parts) if isinstance(parts[0], (int, float)) else parts[0]
     return {key: mean([part[key] for part in parts]) for key in parts[0]
-            if all(key in part for part in parts) and key != "textured - SFT"}
+            if all(key in part for part in parts) and "- SFT" not in key}
 
 def study(reports):
     """Arms over seeds: means ± standard errors over seeds, and each seed's difference to SFT."""
@@ -443,7 +444,7 @@ def study(reports):
     if any(len(set(values)) > 1 for values in others) or len(set(seeds)) < len(seeds):
         raise UserError("these runs differ in more than the seed, or share one; name others")
     columns = {"perception": ("textured", "perception"), "reasoning": ("textured", "reasoning"),
-               "textured": ("textured", "average"), "plain": ("plain", "average"),
+               **{look: (look, "average") for look in LOOKS},
                "position": ("generation", "position"), "generation": ("generation", "average"),
                "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of looks, encoder")}
     entries = [{"question only": dict.fromkeys(LOOKS, r["question only"]), **r["models"]}

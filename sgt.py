@@ -1,7 +1,6 @@
 """Semantic Generative Tuning in one file: a unified multimodal model, from nothing to an answer.
 
     python sgt.py --train
-    python sgt.py --ask picture.png "what color is the circle?"
 
 A unified model answers questions about pictures and draws pictures of texts. Semantic Generative
 Tuning (SGT, arXiv 2605.18714) then trains it to draw the *segmentation* of a picture it looks at.
@@ -12,7 +11,7 @@ drawing teaches it to see. Other copies ("arms") draw something else, or nothing
   text --> words ----------------------------------+--> one transformer --+
   target --> tokenizer --> codes, some masked -----+                     +--> text head --> words
 
-The method stands between "┌─ SGT" and "└─"; all else serves it.
+The method stands between "┌─ SGT" and "└─".
 
 Shapes: B batch, P pixels a side of a picture (32 by default), U patches looked at (16), T words,
 N = G x G codes of a picture (64), S sequence, D width, H heads, K codebook size, C channels of a
@@ -119,7 +118,7 @@ class Config:
             (self.image_size % self.see_patch == 0 and self.image_size >= 32, "image_size",
              f"give a multiple of {self.see_patch}, 32 or more"),
             (self.width % self.head_dim == self.head_dim % 8 == self.tok_width % 32 == 0,
-             "width head_dim tok_width", "these must be divisible by head_dim, by 8 and by 32"),
+             "width head_dim tok_width", "must be divisible by head_dim, 8 and 32"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), "proxies",
              f"name each once, of {', '.join(PROXIES)}, or all"),
             ((self.draws > 1 or not self.ratio) and 1 not in (self.arm_scenes, self.tok_batch),
@@ -176,7 +175,7 @@ class Scene(NamedTuple):
     key: str  # "seed/split/use/number"
     things: list[Thing]  # back to front
     background: int = 0  # index into BACKGROUNDS
-    textured: bool = False  # which look of this world
+    look: str = "plain"  # one of LOOKS
 
     def rng(self, purpose):
         """A random stream for each purpose: the order of calls does not matter."""
@@ -185,6 +184,7 @@ class Scene(NamedTuple):
     def generator(self, purpose):
         return torch.Generator().manual_seed(self.rng(purpose).getrandbits(63))
 
+LOOKS = ("plain", "textured", "noisy")  # nothing is trained on noisy scenes
 # Share of textured scenes by use. Proxies look at "masks", the tokenizer also at "pictures".
 TEXTURED = {"questions": 0.0, "captions": 0.0, "masks": 0.5, "pictures": 0.15}
 
@@ -225,7 +225,7 @@ def sample_scene(cfg, key, use):
     placed.sort(key=lambda o: o.y)
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
     scene = Scene(key, things, rng.randrange(len(BACKGROUNDS)))
-    return scene._replace(textured=scene.rng("look").random() < TEXTURED[use])
+    return scene._replace(look=LOOKS[scene.rng("look").random() < TEXTURED[use]])
 
 def sample(cfg, split, numbers, use):
     """Scenes by number, of a split: "tokenizer", "train" (base), "arm", "labelled", or "val"."""
@@ -243,7 +243,8 @@ def waves(cfg, scene):
     x, y = frequency * np.cos(angle), frequency * np.sin(angle)
     lines = x * pixel + y * pixel[:, None] + phase  # (1 + M, 3 waves, P, P)
     texture = np.einsum("mwc,mwyx->mcyx", color, np.sin(np.float32(lines)))
-    texture = 0.28 * texture + 0.06 * rng.normal(size=texture.shape[1:])
+    wave, noise = (0.28, 0.06) if scene.look == "textured" else (0.0, 0.22)
+    texture = wave * texture + noise * rng.normal(size=texture.shape[1:])
     return torch.from_numpy(texture).float()
 
 def pad(rows, length, value=0):
@@ -270,7 +271,7 @@ def render(cfg, scenes, shift=0.0):
         image = torch.lerp(image, numbers[:, m, 3:, None, None], cover[:, m, None])
     instance = ((cover > 0.5) * index).amax(1)
     for b, scene in enumerate(scenes):
-        if scene.textured:
+        if scene.look != "plain":
             ids = instance[b].expand(1, 3, P, P)
             image[b] += waves(cfg, scene).gather(0, ids)[0]
     return Rendered(image.clamp(0, 1), instance)
@@ -853,7 +854,7 @@ def losses(model, tokenizer, batch):
 def mask_codes(cfg, n, g):
     """Which codes of n pictures to hide (n, N): a share cos(pi/2 * u), u uniform (MaskGIT)."""
     count = (torch.cos(torch.rand(n, 1, generator=g) * math.pi / 2) * cfg.tokens).ceil()
-    rank = torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1)
+    rank = torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1)  # in random order
     return rank < count.clamp(min=1)
 
 def make_arm(cfg, base):
@@ -870,7 +871,7 @@ def question_batch(cfg, split, numbers):
     scenes = sample(cfg, split, numbers, "questions")
     if split == "arm" and cfg.textured_questions:
         few = [i // 2 % cfg.textured_questions for i in numbers[::2]]
-        scenes[::2] = [scene._replace(textured=True)
+        scenes[::2] = [scene._replace(look="textured")
                        for scene in sample(cfg, "labelled", few, "questions")]
     ids, answers = zip(*(dialogue(cfg, scene) for scene in scenes))
     return render(cfg, scenes).image, pad(ids, TEXT_LEN), pad(answers, TEXT_LEN, -100)
@@ -1037,9 +1038,9 @@ class Run:
                       if name not in FREE and there[name] != now[name]]
             if others:
                 raise UserError(f"{self.folder} has other settings: {', '.join(others)}; use "
-                                "these, or another folder with --run")
+                                "these, or another --run")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is there and is no run; choose another with --run")
+            raise UserError(f"{self.folder} is there and is no run; choose another --run")
         else:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
             self.write("sgt.py", CODE)
@@ -1048,7 +1049,7 @@ class Run:
         """Weights of a stage, into a module that will not be trained."""
         read(self.folder / f"{stage}.safetensors",
              lambda path: module.load_state_dict(load_file(path)))
-        return module.requires_grad_(False).eval()
+        return module.requires_grad_(False)
 
     def log(self):
         """The whole lines of log.jsonl; a crash may have left a part of one."""
@@ -1116,7 +1117,7 @@ def choose_device(name):
     return torch.device(name)
 
 def train(cfg, folder, base=None):
-    """Every stage that is missing, then the report; `base` is a run to copy the base from."""
+    """Every stage that is missing, then the report; `base`: a run whose base to copy."""
     from eval import evaluate, show
     cfg.validate()
     run, device = Run(folder), choose_device(cfg.device)
@@ -1128,7 +1129,7 @@ def train(cfg, folder, base=None):
         lock = sqlite3.connect(run.folder / ".lock", timeout=0)
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as e:
-        raise UserError(f"cannot lock {run.folder} ({e}); is it being trained elsewhere?") from None
+        raise UserError(f"cannot lock {run.folder} ({e}); is it in training?") from None
     with lock:  # freed at its end
         run.open(cfg)  # another may have come first
         for name, data in copied.items():
@@ -1161,7 +1162,7 @@ def find_run(name):
         return Run(name if Path(name).exists() or Path(name).name != name else Path("runs", name))
     newest = max(Path("runs").glob("*/report.json"), key=os.path.getmtime, default=None)
     if not newest:
-        raise UserError("there is no finished run under runs/; train one: python sgt.py --train")
+        raise UserError("no finished run under runs/; python sgt.py --train")
     return Run(newest.parent)
 
 def load_run(run, name=None, device="cpu"):
