@@ -224,8 +224,8 @@ def sample_scene(cfg, key, use):
                 break
     placed.sort(key=lambda o: o.y)
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
-    scene = Scene(key, things, rng.randrange(len(BACKGROUNDS)))
-    return scene._replace(look=LOOKS[scene.rng("look").random() < TEXTURED[use]])
+    look = "textured" if random.Random(f"{key}/look").random() < TEXTURED[use] else "plain"
+    return Scene(key, things, rng.randrange(len(BACKGROUNDS)), look)
 
 def sample(cfg, split, numbers, use):
     """Scenes by number, of a split: "tokenizer", "train" (base), "arm", "labelled", or "val"."""
@@ -1019,7 +1019,7 @@ class Run:
             temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
             os.replace(temporary, path)
         except OSError as e:
-            raise UserError(f"cannot write {path} ({e.strerror}); make room, go on") from None
+            raise UserError(f"cannot write {path} ({e.strerror}); make room") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -1040,7 +1040,7 @@ class Run:
                 raise UserError(f"{self.folder} has other settings: {', '.join(others)}; use "
                                 "these, or another --run")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is there and is no run; choose another --run")
+            raise UserError(f"{self.folder} is there and no run; choose another --run")
         else:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
             self.write("sgt.py", CODE)
@@ -1201,7 +1201,7 @@ def save_png(image, path):
     """Write (3, h, w), enlarged."""
     runs = [folder for folder in path.absolute().parents[:2] if Run(folder).has("log.jsonl")]
     if path.suffix.lower() != ".png" or runs:
-        raise UserError(f"will not write {path}; give --out a .png outside of runs")
+        raise UserError(f"will not write {path}; give a .png outside of runs")
     picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.NEAREST)
     Run(path.parent).write(path.name, png(picture))
 
