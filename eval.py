@@ -296,7 +296,7 @@ def table(head, rows):
 def markdown(report):
     """The tables of a report, and the sentences that the run was made for."""
     models, n, out = report["models"], report["config"]["eval_questions"], []
-    asked = f"{n:g} questions a run, % right, its average to ± {50 / math.sqrt(n):.1f}"
+    asked = f"{n:g} questions, % right, averages to ± {50 / math.sqrt(n):.1f} (standard error)"
     for part, beside, title in [
         ("plain", ["question only"], f"Understanding of plain scenes: {asked}"),
         ("textured", ["question only"], f"Understanding of textured scenes: {asked}"),
@@ -461,8 +461,8 @@ def study(reports):
             each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
             rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
     head = ["arm", "level", *columns, "textured − SFT by seed"]
-    return (f"{markdown(mean(reports))}\n\nAll of seeds {', '.join(map(str, seeds))}, means. Below "
-            "± standard error over seeds; perception, reasoning, PQ are of textured scenes\n"
+    return (f"{markdown(mean(reports))}\n\nAbove: means of seeds {', '.join(map(str, seeds))}. "
+            "Below: ± standard error over them; perception, reasoning, PQ are of textured scenes\n"
             f"{table(head, rows)}")
 
 def command(argv):
