@@ -268,18 +268,21 @@ def probe(x, y):
 
 @torch.no_grad()
 def inside(cfg, model, n=600):
-    """In %, behind the encoder: a linear probe for the shape in textured patches, and the cosine of
-    the centred features of a scene's two looks."""
-    looks = [sgt.render(cfg, val_scenes(cfg, n, look)) for look in LOOKS[:2]]
-    features = [model.see(look.image.to(model.word.device)).cpu() for look in looks]  # (B, U, D)
-    centred = [x - x.mean((0, 1)) for x in features]
+    """In %, behind the encoder and the last block: a linear probe for the shape in textured patches
+    and the cosine of a scene's centred features, plain and textured."""
+    looks, found = [sgt.render(cfg, val_scenes(cfg, n, look)) for look in LOOKS[:2]], {}
     cover = F.one_hot(looks[1].instance, MAX_OBJECTS + 1).float().permute(0, 3, 1, 2)
     amount, index = F.avg_pool2d(cover, cfg.see_patch)[:, 1:].flatten(2).max(1)  # (B, U)
     seen = amount > 0.05  # patches with an object
     shape = sgt.pad([[SHAPES.index(o.shape) for o in scene.things]
                      for scene in val_scenes(cfg, n, "textured")], MAX_OBJECTS).gather(1, index)
-    return {"cosine of looks, encoder": 100 * float(F.cosine_similarity(*centred, -1).mean()),
-            "probe for shape, encoder": probe(features[1][seen], shape[seen])}
+    last = lambda x: sgt.prefill(model, x, x.new_zeros(n, 1).long(), 0)[0][:, :cfg.patches]
+    for behind, see in ("encoder", model.see), ("last block", last):  # each (B, U, D)
+        features = [see(look.image.to(model.word.device)).float().cpu() for look in looks]
+        cosine = F.cosine_similarity(*(x - x.mean((0, 1)) for x in features), -1).mean()
+        found[f"cosine of looks, {behind}"] = 100 * float(cosine)
+        found[f"probe for shape, {behind}"] = probe(features[1][seen], shape[seen])
+    return found
 
 # ==== 5. Report
 LABELS = {arm: arm for arm in ("base", *PROXIES)} | {"none": "SFT", "instance": "SGT"}
@@ -300,7 +303,7 @@ def markdown(report):
     for part, beside, title in [
         ("plain", ["question only"], f"Understanding of plain scenes: {asked}"),
         ("textured", ["question only"], f"Understanding of textured scenes: {asked}"),
-        ("noisy", ["question only"], f"Understanding of noisy scenes, as no training has: {asked}"),
+        ("noisy", ["question only"], f"Understanding of noisy scenes (not trained on): {asked}"),
         ("generation", ["true", "ceiling"], "Generation: % of pictures that show what was asked "
          "(true: of true pictures; ceiling: of these after the tokenizer's round trip)"),
         ("masks", ["mask ceiling"], "Masks: panoptic quality and average precision"),
@@ -430,7 +433,7 @@ def page(run, report):
 
 # ==== 6. Commands
 def mean(parts):
-    """Reports of several seeds as one: the means of all numbers that every report holds."""
+    """Reports of several seeds as one: the means of all numbers that each holds."""
     if not isinstance(parts[0], dict):
         return statistics.fmean(parts) if isinstance(parts[0], (int, float)) else parts[0]
     return {key: mean([part[key] for part in parts]) for key in parts[0]
@@ -481,7 +484,7 @@ def command(argv):
             raise UserError(f"{run.folder} lacks {', '.join(missing)}; go on with its --train")
     if args.export:
         if len(runs) > 1 or args.export.exists():
-            raise UserError("--export takes one run and a folder that is not there; give these")
+            raise UserError("--export takes one run and a new folder; give these")
         cfg, tokenizer, model, name = sgt.load_run(runs[0], None, device)
         scores = segmentation(cfg, model, tokenizer, args.export)
         said = ", ".join(f"{key} {value:.1f}" for key, value in scores.items())
