@@ -449,7 +449,7 @@ def study(reports):
     columns = {"perception": ("textured", "perception"), "reasoning": ("textured", "reasoning"),
                **{look: (look, "average") for look in LOOKS},
                "position": ("generation", "position"), "generation": ("generation", "average"),
-               "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of looks, encoder")}
+               "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of looks, last block")}
     entries = [{"question only": dict.fromkeys(LOOKS, r["question only"]), **r["models"]}
                for r in reports]
     rows = []
