@@ -365,11 +365,11 @@ def evaluate(run, device):
               "true": pictures_score(drawn_of, true),
               "ceiling": pictures_score(drawn_of, round_trip),
               "mask ceiling": segmentation(cfg, None, tokenizer), "models": {}}
-    # the picture: both looks of four scenes, their masks, what each model draws and answers
-    four = sgt.sample(cfg, "val", range(4), "masks")
-    both = [scene._replace(look=look) for scene in four for look in LOOKS[:2]]
-    seen, _, target = sgt.draw_proxy(cfg, "instance", both)
-    wonder = [f"how many {sgt.plural(scene.things[0].shape)}?" for scene in both]
+    # the picture: all looks of three scenes, their masks, what each model draws and answers
+    shown = [scene._replace(look=look) for scene in sgt.sample(cfg, "val", range(3), "masks")
+             for look in LOOKS]
+    seen, _, target = sgt.draw_proxy(cfg, "instance", shown)
+    wonder = [f"how many {sgt.plural(scene.things[0].shape)}?" for scene in shown]
     masks, free, hits = [("picture", seen, wonder), ("true masks", target, None)], [], {}
     for arm in tqdm(["base", *cfg.arms], "measuring"):
         model = sgt.load_run(run, arm, device)[2]
@@ -382,7 +382,7 @@ def evaluate(run, device):
         if arm in ("instance", "shuffled"):
             entry["masks"] = segmentation(cfg, model, tokenizer)
         proxy = arm if arm in PROXIES and PROXIES[arm].target else "instance"
-        source, ordered, _ = sgt.draw_proxy(cfg, proxy, both)
+        source, ordered, _ = sgt.draw_proxy(cfg, proxy, shown)
         picture = sgt.generate(model, tokenizer, ordered, source.to(device))
         said = sgt.answer(model, seen.to(device), wonder)
         masks.append((f"{LABELS[arm]}: draws, says", picture, said))
