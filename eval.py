@@ -270,18 +270,18 @@ def probe(x, y):
 def inside(cfg, model, n=600):
     """In %, behind the encoder and the last block: a linear probe for the shape in textured patches
     and the cosine of a scene's centred features, plain and textured."""
-    looks, found = [sgt.render(cfg, val_scenes(cfg, n, look)) for look in LOOKS[:2]], {}
+    scenes, found = [val_scenes(cfg, n, look) for look in LOOKS[:2]], {}
+    looks = [sgt.render(cfg, each) for each in scenes]
     cover = F.one_hot(looks[1].instance, MAX_OBJECTS + 1).float().permute(0, 3, 1, 2)
     amount, index = F.avg_pool2d(cover, cfg.see_patch)[:, 1:].flatten(2).max(1)  # (B, U)
     seen = amount > 0.05  # patches with an object
-    shape = sgt.pad([[SHAPES.index(o.shape) for o in scene.things]
-                     for scene in val_scenes(cfg, n, "textured")], MAX_OBJECTS).gather(1, index)
+    shape = sgt.pad([[SHAPES.index(o.shape) for o in s.things] for s in scenes[1]], MAX_OBJECTS)
     last = lambda x: sgt.prefill(model, x, x.new_zeros(n, 1).long(), 0)[0][:, :cfg.patches]
     for behind, see in ("encoder", model.see), ("last block", last):  # each (B, U, D)
         features = [see(look.image.to(model.word.device)).float().cpu() for look in looks]
         cosine = F.cosine_similarity(*(x - x.mean((0, 1)) for x in features), -1).mean()
         found[f"cosine of looks, {behind}"] = 100 * float(cosine)
-        found[f"probe for shape, {behind}"] = probe(features[1][seen], shape[seen])
+        found[f"probe for shape, {behind}"] = probe(features[1][seen], shape.gather(1, index)[seen])
     return found
 
 # ==== 5. Report

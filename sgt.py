@@ -224,15 +224,16 @@ def sample_scene(cfg, key, use):
                 break
     placed.sort(key=lambda o: o.y)
     things = [o._replace(index=i) for i, o in enumerate(placed, 1)]
-    look = "textured" if random.Random(f"{key}/look").random() < TEXTURED[use] else "plain"
-    return Scene(key, things, rng.randrange(len(BACKGROUNDS)), look)
+    scene = Scene(key, things, rng.randrange(len(BACKGROUNDS)))
+    textured = scene.rng("look").random() < TEXTURED[use]
+    return scene._replace(look="textured") if textured else scene
 
 def sample(cfg, split, numbers, use):
     """Scenes by number, of a split: "tokenizer", "train" (base), "arm", "labelled", or "val"."""
     return [sample_scene(cfg, f"{cfg.seed}/{split}/{use}/{number}", use) for number in numbers]
 
 def waves(cfg, scene):
-    """Textures (1 + M, 3, P, P) of background and objects: each three random waves, and noise."""
+    """Textures (1 + M, 3, P, P) of ground and objects: three random waves each, or noise."""
     rng, shape = np.random.default_rng(list(scene.key.encode())), (1 + MAX_OBJECTS, 3, 1, 1)
     angle, phase = rng.uniform(0, 2 * np.pi, (2, *shape))
     frequency = 2 * np.pi / rng.uniform(2.5, 10.5, shape)  # in radians a pixel
@@ -293,7 +294,7 @@ remove noise image blur restore detail enhance very dark rain""".split()]
 IDS = {word: i for i, word in enumerate(WORDS) if word}
 
 def encode(text):
-    """The ids of a text's words and signs."""
+    """The ids of known words and signs."""
     return [IDS[word] for word in re.findall(r"\w+|[?.,]", text)]
 
 def decode(ids):
@@ -301,8 +302,9 @@ def decode(ids):
     words = [WORDS[i] for i in itertools.takewhile(lambda i: i != END, ids)]
     return re.sub(r" ([?.,])", r"\1", " ".join(words))
 
-# Wordings that training never asks, and what it asks instead.
+# Wordings of users, and what training asks instead.
 REWORDINGS = {
+    r"\W+": " ",
     r"\bin (the|this) (image|picture|photo(graph)?|scene)\b|\b(please|kindly)\b": "",
     r"\b(answer|reply|respond)\b.*?\byes\b.*?\bno\b|\bare( there)?$": "",
     r"\bis there an\b": "is there a",
@@ -313,19 +315,19 @@ REWORDINGS = {
 def normalize(question):
     """A question as training asks it: case, signs, manners and some wordings do not matter."""
     text = question.lower()
-    for wording, asked in {r"\W+": " ", **REWORDINGS}.items():
+    for wording, asked in REWORDINGS.items():
         text = " ".join(re.sub(wording, asked, text).split())
     return text + ("." if "list" in text else "?") if text else ""
 
 def checked(text, room):
-    """The ids of a user's text of at most so many words and signs; unknown ones are named."""
+    """The ids of a user's text of up to `room` words and signs; unknown ones are named."""
     words = re.findall(r"\w+|[?.,]", text)
     if unknown := [word for word in words if word not in IDS]:
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
     known = [word for word in words if word in IDS]
-    if not re.search(r"\w", " ".join(known)) or len(known) > room:
+    if set(known) <= set("?.,") or len(known) > room:
         raise UserError(f"the text has {len(known)} known words and signs; give 1 to {room}")
-    return encode(" ".join(known))
+    return [IDS[word] for word in known]
 
 def noun(o):
     return f"{o.color} {o.shape}"
@@ -854,7 +856,7 @@ def losses(model, tokenizer, batch):
 def mask_codes(cfg, n, g):
     """Which codes of n pictures to hide (n, N): a share cos(pi/2 * u), u uniform (MaskGIT)."""
     count = (torch.cos(torch.rand(n, 1, generator=g) * math.pi / 2) * cfg.tokens).ceil()
-    rank = torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1)  # in random order
+    rank = torch.rand(n, cfg.tokens, generator=g).argsort(1).argsort(1)  # random order
     return rank < count.clamp(min=1)
 
 def make_arm(cfg, base):
@@ -907,9 +909,9 @@ def make_batch(cfg, stage, step):
     if stage == "base":
         return Batch(question_batch(cfg, "train", numbers(cfg.vqa_batch)),
                      caption_batch(cfg, "train", numbers(cfg.t2i_batch)))
-    draws, replay = stage != "none" and cfg.draws, numbers(cfg.arm_batch)
+    replay, draws = numbers(cfg.arm_batch), numbers(0 if stage == "none" else cfg.draws)
     return Batch(question_batch(cfg, "arm", replay), caption_batch(cfg, "arm", replay),
-                 proxy_batch(cfg, stage, numbers(draws), step) if draws else None)
+                 proxy_batch(cfg, stage, draws, step) if draws else None)
 
 # ==== 8. Sampling: answers and pictures
 def prefill(model, image, text, room):
