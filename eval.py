@@ -105,7 +105,7 @@ def judge(image):
     return found
 
 # ==== 2. Masks: panoptic quality, COCO's AP
-def true_masks(instance):
+def id_masks(instance):
     """Index maps (B, P, P), 0 = background -> (n, P, P) bool for every picture."""
     return [ids == ids[ids > 0].unique()[:, None, None] for ids in instance]
 
@@ -114,7 +114,7 @@ def masks_of(drawn):
     of each mask: how close its pixels are to their palette color."""
     far, label = nearest(drawn, PALETTE[:MAX_OBJECTS + 1])  # (B, P, P)
     specks = parts_of(label, MAX_OBJECTS, max(2, drawn.shape[-1] ** 2 / 256)) == 0
-    masks = true_masks(label.masked_fill(specks, 0))
+    masks = id_masks(label.masked_fill(specks, 0))
     return masks, [1 - float(d[mask].mean()) for d, of in zip(far.sqrt(), masks) for mask in of]
 
 def panoptic_quality(predicted, truth):
@@ -165,7 +165,7 @@ def segmentation(cfg, model, tokenizer, folder=None):
         image, prompts, target = sgt.draw_proxy(cfg, "instance", scenes)
         drawn = (sgt.generate(model, tokenizer, prompts, image.to(device)) if model else
                  tokenizer.decode(tokenizer.encode(target.to(device)))).cpu()
-        (masks, scores), true = masks_of(drawn), true_masks(sgt.render(cfg, scenes).instance)
+        (masks, scores), true = masks_of(drawn), id_masks(sgt.render(cfg, scenes).instance)
         side = {"width": cfg.image_size, "height": cfg.image_size}
         data = {"images": [{"id": i + 1, "file_name": f"{i:06d}.png", **side}
                            for i in range(len(scenes))],

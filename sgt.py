@@ -74,7 +74,7 @@ class Config:
     vqa_batch: int = 36  # dialogues a step
     t2i_batch: int = 24  # captioned pictures a step
     lr: float = 0.02  # Muon learning rate of the matrices
-    adam_lr: float = 0.012  # AdamW learning rate of embeddings and heads
+    adam_lr: float = 0.012  # Adam learning rate of embeddings and heads
     # the arms; with --base settings may differ from here on
     arm_steps: int = 500  # steps of every arm
     arm_batch: int = 16  # dialogues and captioned pictures a step (the replay)
@@ -86,7 +86,7 @@ class Config:
     # sampling and evaluation
     sample_steps: int = 24  # refinement steps of a picture
     guidance: float = 2.0  # guidance scale; 1: none
-    temperature: float = 6.0  # noise in the order of codes; 0: greedy
+    temperature: float = 6.0  # noise in the order of sampled codes; 0: greedy
     eval_questions: int = 3000  # questions about each look, evenly by kind
     eval_prompts: int = 240  # pictures drawn, evenly by kind
     eval_masks: int = 100  # pictures of each look to segment
@@ -110,14 +110,14 @@ class Config:
         """Refuse what would otherwise fail late or obscurely."""
         for name, value in vars(self).items():
             kind, lowest = type(getattr(Config, name)), 0 if name in MAY_BE_ZERO else 1e-9
-            if type(value) is not kind or kind is not str and not lowest <= value < 2 ** 31:
+            if type(value) is not kind or (kind is not str and not lowest <= value < 2 ** 31):
                 raise UserError(f"{name}={value} is out of range or no {kind.__name__}; give one")
         for ok, names, how in [
             (re.fullmatch("[1-9][0-9]?(,[1-9][0-9]?)*", self.fsq_levels), "fsq_levels",
              "try 5,5,5,5"),
             (self.image_size % self.see_patch == 0 and self.image_size >= 32, "image_size",
              f"give a multiple of {self.see_patch}, 32 or more"),
-            (self.width % self.head_dim == self.head_dim % 8 == self.tok_width % 32 == 0,
+            (not (self.width % self.head_dim or self.head_dim % 8 or self.tok_width % 32),
              "width head_dim tok_width", "must be divisible by head_dim, 8 and 32"),
             (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), "proxies",
              f"name each once, of {', '.join(PROXIES)}, or all"),
@@ -263,9 +263,9 @@ def render(cfg, scenes, shift=0.0):
     x, y, radius = numbers[..., :3, None, None].unbind(2)  # (B, M, 1, 1) each
     pixel, cover = torch.arange(P) + 0.5, torch.zeros(B, MAX_OBJECTS, P, P)  # share of a pixel
     for shape, distance in SHAPES.items():
-        of = pad([[o.shape == shape for o in scene.things] for scene in scenes], MAX_OBJECTS, False)
-        dx, dy = (pixel - x[of]) / radius[of], (pixel[:, None] - y[of]) / radius[of]
-        cover[of] = (0.5 - distance(dx, dy) * radius[of]).clamp(0, 1)  # (n, P, P)
+        here = pad([[o.shape == shape for o in s.things] for s in scenes], MAX_OBJECTS, False)
+        dx, dy = (pixel - x[here]) / radius[here], (pixel[:, None] - y[here]) / radius[here]
+        cover[here] = (0.5 - distance(dx, dy) * radius[here]).clamp(0, 1)  # (n, P, P)
     ground = torch.tensor(BACKGROUNDS)[[scene.background for scene in scenes]]  # (B, 3)
     image, index = ground[..., None, None], torch.arange(1, 1 + MAX_OBJECTS)[:, None, None]
     for m in range(MAX_OBJECTS):
@@ -476,7 +476,7 @@ def dialogue(cfg, scene):
         free = TEXT_LEN - len(ids + last)
         turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # the shortest turn
         new, said = tokens(*turn) if turn else ([], [])
-        if turn and len(new) <= free:
+        if len(new) <= free:
             ids += new
             answers += said
     return ids + last, answers + told
@@ -620,7 +620,7 @@ def matrix(*shape, gain=1.0):
     return weight
 
 def table(*shape, scale=1.0):
-    return nn.Parameter(scale * torch.randn(*shape))  # for AdamW: embeddings, heads
+    return nn.Parameter(scale * torch.randn(*shape))  # for Adam: embeddings, heads
 
 def constant(x):
     return nn.Buffer(x, persistent=False)  # not saved
@@ -695,7 +695,7 @@ class Stem(nn.Module):
         p, k = self.patch, self.window
         padded = F.pad(image * 2 - 1, ((k - p) // 2,) * 4, mode="replicate")
         windows = padded.unfold(2, k, p).unfold(3, k, p)  # (B, 3, rows, columns, k, k)
-        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, patches, 3kk)
+        windows = windows.movedim(1, 3).flatten(3).flatten(1, 2)  # (B, patches, 3kk)
         return norm(linear(F.gelu(linear(windows, self.stem_in)), self.stem_out))
 
 # ==== 6. Vision tokenizer: picture <-> codes
@@ -714,7 +714,7 @@ class VisionTokenizer(nn.Module):
         self.decoder = nn.ModuleList(Block(D, 32) for _ in range(cfg.tok_depth))
         self.patch_out = table(3 * cfg.patch ** 2, D, scale=0.1 * D ** -0.5)
         self.levels = constant(torch.tensor(cfg.levels))  # (C,)
-        self.basis = constant(torch.cumprod(F.pad(self.levels[:-1], (1, 0), value=1), 0))
+        self.basis = constant(torch.tensor([math.prod(cfg.levels[:c]) for c in range(C)]))  # (C,)
         self.places = constant(grid_positions(cfg.grid))  # (N, 2)
 
     def quantize(self, z):
@@ -789,12 +789,12 @@ class UnifiedModel(nn.Module):
         x = self.stem(image.to(compute_dtype(image.device)))
         return norm(run_blocks(self.encoder, x, self.patch_places).float())
 
-    def embed_text(self, text, before, at):
-        """text (B, T) at places (T,) or (B, T), the word before each -> embeddings (B, T, D),
-        rotary positions. Without `before` a small model learns to look up "red ring" late."""
+    def embed_text(self, text, before, index):
+        """text (B, T), the word before each, their index (T,) or (B, T) -> embeddings (B, T, D),
+        rotary positions. Without `before` a small model learns late to find a "red ring"."""
         x = F.embedding(text, norm(self.word)) + F.embedding(before, norm(self.word_before))
-        places = (self.cfg.grid + at)[..., None].expand(*at.shape, 2)
-        return x + self.text_position[at], places
+        positions = torch.stack([self.cfg.grid + index] * 2, -1)  # a diagonal behind the grid
+        return x + self.text_position[index], positions
 
     def embed_codes(self, codes):
         """codes (B, N), K where masked -> embeddings (B, N, D), rotary positions (N, 2)."""
@@ -810,7 +810,7 @@ class UnifiedModel(nn.Module):
         if codes is not None:
             parts.append(self.embed_codes(codes))
         x, positions = (torch.cat(part, -2) for part in zip(*parts))
-        S, U = x.shape[1], 0 if image is None else self.cfg.patches
+        S, U = x.shape[1], (0 if image is None else self.cfg.patches)
         column = torch.arange(S, dtype=torch.int32, device=x.device)
         sees = torch.where(column < U, U, torch.where(column < U + T, column + 1, S))
         # Summed and normalized in fp32: rounded to bf16 the sum loses what look-ups need.
@@ -819,7 +819,7 @@ class UnifiedModel(nn.Module):
     def forward(self, image, text, codes):
         """image or None, text (B, T), codes or None -> hidden text (B, T, D), codes (B, N, D)."""
         h = norm(run_blocks(self.blocks, *self.layout(image, text, codes)))  # (B, S, D)
-        U, T = 0 if image is None else self.cfg.patches, text.shape[1]
+        U, T = (0 if image is None else self.cfg.patches), text.shape[1]
         return h[:, U:U + T], h[:, U + T:]
 
 def token_loss(h, head, target):
@@ -860,7 +860,7 @@ def mask_codes(cfg, n, g):
     return rank < count.clamp(min=1)
 
 def make_arm(cfg, base):
-    """A copy of the base that trains (Run.load freezes); all arms see the same replay."""
+    """A copy of the base that trains: Run.load froze the base."""
     arm = UnifiedModel(cfg).to(base.word.device)
     arm.load_state_dict(base.state_dict())
     return arm
@@ -888,7 +888,7 @@ def caption_batch(cfg, split, numbers):
     return None, pad(texts, PROMPT_LEN), render(cfg, scenes).image, is_masked
 
 def proxy_batch(cfg, name, numbers, step):
-    """Pictures of both looks and what to draw of them: image, text, target, is_masked."""
+    """Plain and textured pictures and what to draw of them: image, text, target, is_masked."""
     # with arm_scenes the same few again
     scenes = sample(cfg, "arm", [i % (cfg.arm_scenes or 2 ** 40) for i in numbers], "masks")
     image, prompts, target = draw_proxy(cfg, name, scenes)
@@ -909,9 +909,9 @@ def make_batch(cfg, stage, step):
     if stage == "base":
         return Batch(question_batch(cfg, "train", numbers(cfg.vqa_batch)),
                      caption_batch(cfg, "train", numbers(cfg.t2i_batch)))
-    replay, draws = numbers(cfg.arm_batch), numbers(0 if stage == "none" else cfg.draws)
+    replay, draws = numbers(cfg.arm_batch), numbers(cfg.draws)
     return Batch(question_batch(cfg, "arm", replay), caption_batch(cfg, "arm", replay),
-                 proxy_batch(cfg, stage, draws, step) if draws else None)
+                 proxy_batch(cfg, stage, draws, step) if draws and stage != "none" else None)
 
 # ==== 8. Sampling: answers and pictures
 def prefill(model, image, text, room):
@@ -942,13 +942,13 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
         choice = p.argmax(-1)
         if temperature:  # where the cumulated probability passes the uniform number
             choice = (p.cumsum(-1) < noise[step, 0, ..., None]).sum(-1).clamp(max=MASK - 1)
-        ratio = (step + 1) / steps
+        done = (step + 1) / steps
         confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
-        confidence = confidence + temperature * (1 - ratio) * noise[step, 1]
+        confidence = confidence + temperature * (1 - done) * noise[step, 1]
         is_masked = codes == MASK  # (B, N)
         confidence = confidence.masked_fill(~is_masked, math.inf)  # kept stays kept
         codes = torch.where(is_masked, choice, codes)
-        still = int(N * math.cos(math.pi / 2 * ratio) + 1e-6)  # so many stay masked
+        still = int(N * math.cos(math.pi / 2 * done))  # so many stay masked
         codes = codes.scatter(1, confidence.topk(still, largest=False).indices, MASK)
     return tokenizer.decode(codes)
 
@@ -957,9 +957,9 @@ def generate(model, tokenizer, texts, image=None, seed=0):
     MaskGIT (arXiv 2202.04200): all codes start masked; each step predicts them all and keeps the
     most confident, so that cos(pi/2 * step/steps) stay masked."""
     cfg, device = model.cfg, model.word.device
-    # a proxy leaves little open: two greedy steps do
-    steps, length, guidance, temperature = (2, PROXY_LEN, 1.0, 0.0) if image is not None else (
-        cfg.sample_steps, PROMPT_LEN, cfg.guidance, cfg.temperature)
+    free = cfg.sample_steps, PROMPT_LEN, cfg.guidance, cfg.temperature
+    greedy = 2, PROXY_LEN, 1.0, 0.0  # a proxy leaves little open
+    steps, length, guidance, temperature = free if image is None else greedy
     shape, g = (steps, len(texts), cfg.tokens), torch.Generator().manual_seed(seed)
     gumbel = -torch.empty(shape).exponential_(generator=g).log()
     noise = torch.stack([torch.rand(shape, generator=g), gumbel], 1).to(device)
@@ -967,7 +967,7 @@ def generate(model, tokenizer, texts, image=None, seed=0):
     if guidance != 1:  # the texts and as many empty ones, in one batch
         text = torch.cat([text, torch.full_like(text, PAD)])
     # on a GPU one CUDA graph, which lives as long as the model
-    draw = model.__dict__.setdefault("graph", GraphedStep(refine))
+    draw = vars(model).setdefault("graph", GraphedStep(refine))
     return draw(model, tokenizer, image, text.to(device), noise, guidance, temperature).clone()
 
 @torch.no_grad()
@@ -1095,8 +1095,7 @@ def train_stage(run, cfg, stage, tokenizer, module):
             # an arm's rate falls from the start, or it unlearns what the base can do
             falls = steps if stage in PROXIES else steps / 2
             rate = min(1.0, (step + 1) / min(20, steps), (steps - step) / falls)
-            parts = update(module, tokenizer, optimizer, batch,
-                           torch.full((), rate, device=device))
+            parts = update(module, tokenizer, optimizer, batch, torch.full((), rate, device=device))
             last, saves = step + 1 == steps, (step + 1) % cfg.save_every == 0
             if step % 10 == 0 or last or saves:
                 values = {name: round(part.item(), 4) for name, part in parts.items()}
@@ -1171,9 +1170,9 @@ def load_run(run, name=None, device="cpu"):
     """Config, tokenizer, model, its name: the one asked for, else instance, else the last."""
     cfg = run.config()
     stages = [stage for stage in ["base", *cfg.arms] if run.has(f"{stage}.safetensors")]
-    name = name or ("instance" if "instance" in stages else [None, *stages][-1])
+    name = name or ("instance" if "instance" in stages or not stages else stages[-1])
     if name not in stages:
-        raise UserError(f"{run.folder} has no model {name or 'yet'}, only {stages}; train it")
+        raise UserError(f"{run.folder} has no model {name}, only {stages}; train it")
     tokenizer = run.load("tokenizer", VisionTokenizer(cfg)).to(device)
     return cfg, tokenizer, run.load(name, UnifiedModel(cfg)).to(device), name
 
@@ -1210,7 +1209,8 @@ def save_png(image, path):
 def use(args, given):
     """--ask, --generate and --segment on a trained run."""
     run, out = find_run(args.run), Path(args.out or "out.png")
-    if unused := set(given) - {"device", "seed" if args.generate else "device"}:
+    used = {"device", "seed"} if args.generate else {"device"}
+    if unused := set(given) - used:
         raise UserError(f"{', '.join(unused)} has no use here; leave it out")
     device, seed = choose_device(given.get("device", "auto")), given.get("seed", 0) % 2 ** 32
     cfg, tokenizer, model, name = load_run(run, args.model, device)
@@ -1260,8 +1260,8 @@ def command(argv):
     given = {name: value for name, value in vars(args).items() if name in NAMES}
     if any(value in ("", []) for value in vars(args).values()):
         raise UserError("an argument is empty; leave it out")
-    unused = ["model", "out"] if args.train else ["preset", "base", *["out"] * bool(args.ask)]
-    for name in unused:
+    unused = "model out" if args.train else "preset base out" if args.ask else "preset base"
+    for name in unused.split():
         if getattr(args, name):
             raise UserError(f"--{name} has no use here; leave it out")
     if not args.train:

@@ -732,7 +732,7 @@ def test_exported_masks_score_by_cocoeval_as_said(copied, tmp_path, capsys, monk
         assert evals.main(["smoke", "--export", str(folder / name)]) == 0
         said = capsys.readouterr().out
         coco = evals.COCO(folder / name / "textured/instances.json")
-        for i, masks in enumerate(evals.true_masks(truth), 1):
+        for i, masks in enumerate(evals.id_masks(truth), 1):
             assert np.array_equal([coco.annToMask(a) for a in coco.imgToAnns[i]], masks.numpy())
         results = coco.loadRes(str(folder / name / "textured/results.json"))
         measured = evals.COCOeval(coco, results, "segm")
