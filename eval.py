@@ -459,7 +459,7 @@ def study(reports):
             row = [LABELS.get(arm, arm), PROXIES[arm].level if arm in PROXIES else ""]
             for part, key in columns.values():
                 values = [model[part][key] for model in models if key in model.get(part, ())]
-                error = statistics.stdev(values) / math.sqrt(len(values)) if values else 0
+                error = statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else 0
                 row.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
             each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
             rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])

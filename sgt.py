@@ -302,7 +302,7 @@ def decode(ids):
     words = [WORDS[i] for i in itertools.takewhile(lambda i: i != END, ids)]
     return re.sub(r" ([?.,])", r"\1", " ".join(words))
 
-# Wordings of users, and what training asks instead.
+# Wordings of users and what training asks instead.
 REWORDINGS = {
     r"\W+": " ",
     r"\bin (the|this) (image|picture|photo(graph)?|scene)\b|\b(please|kindly)\b": "",
@@ -326,14 +326,14 @@ def checked(text, room):
         print(f"note: unknown and left out: {', '.join(unknown)}", file=sys.stderr)
     known = [word for word in words if word in IDS]
     if set(known) <= set("?.,") or len(known) > room:
-        raise UserError(f"the text has {len(known)} known words and signs; give 1 to {room}")
+        raise UserError(f"{text:.40} has no known word, or over {room}; see the README")
     return [IDS[word] for word in known]
 
 def noun(o):
     return f"{o.color} {o.shape}"
 
 def named(things):
-    """Things that words can tell apart, with their shortest names: 'ring', or 'red ring'."""
+    """Things that words can tell apart, with their shortest names: 'ring', 'red ring'."""
     shape, nouns = Counter(o.shape for o in things), Counter(map(noun, things))
     return [(o, o.shape if shape[o.shape] == 1 else noun(o)) for o in things if nouns[noun(o)] == 1]
 
@@ -384,7 +384,7 @@ def caption(cfg, scene):
     return rng.choice(list(captions(scene.things, rng, cfg.image_size).values()))
 
 def describe(things, rng, P):
-    """All there is to say about a scene, in random order: the densest lesson in looking up."""
+    """All there is to say about a scene, in random order: the densest lesson."""
     parts = []
     for o in rng.sample(things, len(things)):
         facts = [where(o, P), o.size]
@@ -394,7 +394,7 @@ def describe(things, rng, P):
         parts.append(" ".join([name, *rng.sample(facts, len(facts))]))
     return ", ".join(parts) + "."
 
-# Kinds of questions: (things, rng, P) -> every (question, answer) that the scene allows.
+# Kinds of questions: (things, rng, P) -> every (question, answer) possible.
 
 def groups(things, rng):
     """Up to five groups in words, with their sizes: ('circles', 2), ('red objects', 0)."""
@@ -508,7 +508,7 @@ def instance(cfg, scenes, r):
     return paint(scan_order(cfg, scenes, r))
 
 def shuffled(cfg, scenes, r):
-    """The masks of another picture of the batch: as hard to draw, and nothing to see."""
+    """The masks of another picture of the batch: as much to draw, and nothing to see."""
     return instance(cfg, scenes, r).roll(1, 0)
 
 # └─
@@ -1026,9 +1026,8 @@ class Run:
             temporary.unlink(missing_ok=True)
 
     def config(self):
-        cfg = read(self.folder / "config.json",
-                   lambda path: Config(**json.loads(path.read_text("utf-8"))),
-                   "name another with --run")
+        reader = lambda path: Config(**json.loads(path.read_text("utf-8")))
+        cfg = read(self.folder / "config.json", reader, "name another with --run")
         cfg.validate()
         return cfg
 
@@ -1042,13 +1041,13 @@ class Run:
                 raise UserError(f"{self.folder} has other settings: {', '.join(others)}; use "
                                 "these, or another --run")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is there and no run; choose another --run")
+            raise UserError(f"{self.folder} is no run; choose another --run")
         else:
             self.write("config.json", json.dumps(vars(cfg), indent=1))
             self.write("sgt.py", CODE)
 
     def load(self, stage, module):
-        """Weights of a stage, into a module that will not be trained."""
+        """Weights of a stage into a module, frozen."""
         read(self.folder / f"{stage}.safetensors",
              lambda path: module.load_state_dict(load_file(path)))
         return module.requires_grad_(False)
@@ -1083,7 +1082,7 @@ def train_stage(run, cfg, stage, tokenizer, module):
         start = read(run.folder / checkpoint, resume)
     kept = [line for line in run.log() if line["stage"] != stage or line["step"] < start]
     run.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-    # collate_fn makes a step's number a batch, on a GPU in other processes; a step is one launch.
+    # collate_fn makes a step's number a batch, on a GPU in other processes.
     gpu, update = device.type == "cuda", GraphedStep(train_step)
     batches = DataLoader(range(start, steps), batch_size=None, pin_memory=gpu,
                          num_workers=gpu * min(8, torch.get_num_threads()),
@@ -1125,6 +1124,8 @@ def train(cfg, folder, base=None):
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     copied = {name: (base.folder / name).read_bytes()
               for name in ("tokenizer.safetensors", "base.safetensors") if base}
+    torch.manual_seed(cfg.seed)
+    tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
     run.open(cfg)
     try:
         lock = sqlite3.connect(run.folder / ".lock", timeout=0)
@@ -1136,8 +1137,6 @@ def train(cfg, folder, base=None):
         for name, data in copied.items():
             if not run.has(name):
                 run.write(name, data)
-        torch.manual_seed(cfg.seed)
-        tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
         size, stages = sum(p.numel() for p in model.parameters()), ("base", *cfg.arms)
         print(f"{run.folder}: {size / 1e6:.1f}M weights, {device} {compute_dtype(device)};",
               "tokenizer", *stages)
@@ -1198,16 +1197,16 @@ def png(picture):
     picture.save(out := io.BytesIO(), "PNG")
     return out.getvalue()
 
-def save_png(image, path):
+def save_png(image, path, source=""):
     """Write (3, h, w), enlarged."""
-    runs = [folder for folder in path.absolute().parents[:2] if Run(folder).has("log.jsonl")]
-    if path.suffix.lower() != ".png" or runs:
-        raise UserError(f"will not write {path}; give a .png outside of runs")
+    runs = [p for p in path.absolute().parents if (p / "log.jsonl").exists()]
+    if path.suffix.lower() != ".png" or runs or path.resolve() == Path(source).resolve():
+        raise UserError(f"will not write {path}; give another .png outside of runs")
     picture = ImageOps.scale(to_pil(image), 256 / image.shape[1], Image.NEAREST)
     Run(path.parent).write(path.name, png(picture))
 
 def use(args, given):
-    """--ask, --generate and --segment on a trained run."""
+    """A verb other than --train."""
     run, out = find_run(args.run), Path(args.out or "out.png")
     used = {"device", "seed"} if args.generate else {"device"}
     if unused := set(given) - used:
@@ -1223,7 +1222,7 @@ def use(args, given):
         proxy = PROXIES[name if name in PROXIES and PROXIES[name].target else "instance"]
         prompt = proxy.prompt.format(name="red circle")
         drawn = generate(model, tokenizer, [prompt], image)
-        save_png(torch.cat([F.pad(image, (0, 1), value=1.0), drawn], -1)[0], out)
+        save_png(torch.cat([F.pad(image, (0, 1), value=1.0), drawn], -1)[0], out, args.segment)
         return print(f"wrote {out} {who}: {prompt}")
     print(answer(model, image, [args.ask[1]], limit=60)[0])
     print(who, file=sys.stderr)
@@ -1283,17 +1282,18 @@ def main(argv=None, command=command):
             stream.reconfigure(errors="replace")
     try:
         command(argv)
-        sys.stdout.flush()
-        return 0
+        print(end="", flush=True)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except (UserError, OSError, torch.OutOfMemoryError) as e:  # OSError: a full disk
+    except (UserError, OSError, RuntimeError) as e:  # a full disk, no memory
+        if isinstance(e, RuntimeError) and "allocate" not in str(e):
+            raise
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    return 0
 
 if __name__ == "__main__":
     import sgt  # eval.py imports `sgt`: run that copy, or there would be two
