@@ -483,8 +483,8 @@ def command(argv):
         if missing:
             raise UserError(f"{run.folder} lacks {', '.join(missing)}; go on with its --train")
     if args.export:
-        if len(runs) > 1 or args.export.exists():
-            raise UserError("--export takes one run and a new folder; give these")
+        if len(runs) > 1 or args.export.exists() or args.again:
+            raise UserError("--export takes one run, a new folder and no --again")
         cfg, tokenizer, model, name = sgt.load_run(runs[0], None, device)
         scores = segmentation(cfg, model, tokenizer, args.export)
         said = ", ".join(f"{key} {value:.1f}" for key, value in scores.items())
