@@ -433,7 +433,7 @@ def page(run, report):
 
 # ==== 6. Commands
 def mean(parts):
-    """Reports of several seeds as one: the means of all numbers that each holds."""
+    """Reports of several seeds as one: the means of numbers that each holds."""
     if not isinstance(parts[0], dict):
         return statistics.fmean(parts) if isinstance(parts[0], (int, float)) else parts[0]
     return {key: mean([part[key] for part in parts]) for key in parts[0]
@@ -459,7 +459,7 @@ def study(reports):
             row = [LABELS.get(arm, arm), PROXIES[arm].level if arm in PROXIES else ""]
             for part, key in columns.values():
                 values = [model[part][key] for model in models if key in model.get(part, ())]
-                error = statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else 0
+                error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
                 row.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
             each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
             rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])

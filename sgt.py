@@ -233,7 +233,7 @@ def sample(cfg, split, numbers, use):
     return [sample_scene(cfg, f"{cfg.seed}/{split}/{use}/{number}", use) for number in numbers]
 
 def waves(cfg, scene):
-    """Textures (1 + M, 3, P, P) of ground and objects: three random waves each, or noise."""
+    """Textures (1 + M, 3, P, P) of ground and objects: three waves each and noise, or noise."""
     rng, shape = np.random.default_rng(list(scene.key.encode())), (1 + MAX_OBJECTS, 3, 1, 1)
     angle, phase = rng.uniform(0, 2 * np.pi, (2, *shape))
     frequency = 2 * np.pi / rng.uniform(2.5, 10.5, shape)  # in radians a pixel
@@ -995,7 +995,7 @@ def answer(model, image, questions, limit=24):
 
 # ==== 9. Training: one loop, the run folder
 def read(path, reader, advice="delete it and --train"):
-    """What a reader makes of a file, if it is whole."""
+    """What a reader makes of a whole file."""
     try:
         return reader(path)
     except Exception as e:  # torch, safetensors and Pillow raise a dozen kinds
@@ -1117,14 +1117,14 @@ def choose_device(name):
     return torch.device(name)
 
 def train(cfg, folder, base=None):
-    """Every stage that is missing, then the report; `base`: a run whose base to copy."""
+    """Every missing stage, then the report; `base`: a run whose base to copy."""
     from eval import evaluate, show
     cfg.validate()
     run, device = Run(folder), choose_device(cfg.device)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     copied = {name: (base.folder / name).read_bytes()
               for name in ("tokenizer.safetensors", "base.safetensors") if base}
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # no folder yet: these may not fit
     tokenizer, model = VisionTokenizer(cfg).to(device), UnifiedModel(cfg).to(device)
     run.open(cfg)
     try:
@@ -1133,7 +1133,7 @@ def train(cfg, folder, base=None):
     except sqlite3.Error as e:
         raise UserError(f"cannot lock {run.folder} ({e}); is it in training?") from None
     with lock:  # freed at its end
-        run.open(cfg)  # another may have come first
+        run.open(cfg)  # another may be first
         for name, data in copied.items():
             if not run.has(name):
                 run.write(name, data)
