@@ -1,8 +1,8 @@
 """What a trained run understands, draws and segments, beside baselines and ceilings.
 
-    python eval.py runs/tiny                    # the tables of a run; pictures are in report.html
-    python eval.py runs/seed0 runs/seed1        # several seeds: means, errors, each difference
-    python eval.py runs/tiny --export DIR       # scenes as a COCO data set, drawn masks as results
+    python eval.py runs/tiny               # its tables; pictures are in report.html
+    python eval.py runs/seed0 runs/seed1   # several seeds: means, errors, each difference
+    python eval.py runs/tiny --export DIR  # scenes as COCO data, drawn masks as results
 """
 import base64
 import contextlib
@@ -15,9 +15,9 @@ import math
 import statistics
 import sys
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,10 +29,11 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 import sgt
+from kernels import attention, attention_reference
 from sgt import LOOKS, MAX_OBJECTS, PALETTE, PROXIES, QUESTIONS, RADII, Run, Thing, UserError
 
 SHAPES, COLORS = list(sgt.SHAPES), list(sgt.COLORS)
-REASONING = ("compare", "arithmetic")  # the others are perception, which the paper sees improve
+REASONING = ("compare", "arithmetic")  # the others are perception
 
 # ==== 1. Judge: parse a picture back into objects
 def parts_of(label, colors, smallest):
@@ -57,7 +58,7 @@ def widened(mask):
     return F.max_pool2d(mask[None].float(), 3, 1, 1)[0]
 
 def best_fit(color, cover, visible, x, y):
-    """The Thing near (x, y), of any shape and size, most like `cover` (P, P) where visible."""
+    """The Thing near (x, y), of any shape and size, most like `cover` (P, P) if visible."""
     P, pixel = len(cover), torch.arange(len(cover)) + 0.5
     tried = list(itertools.product(RADII, (-0.5, 0, 0.5), (-0.5, 0, 0.5)))
     radius = torch.tensor([RADII[size] * P for size, _, _ in tried])[:, None, None]  # (n, 1, 1)
@@ -70,7 +71,7 @@ def best_fit(color, cover, visible, x, y):
         model = (0.5 - outline * radius).clamp(0, 1)  # (n, P, P)
         overlap = (torch.minimum(model, cover) * visible).sum((1, 2))
         union = (torch.maximum(model, cover) * visible).sum((1, 2))
-        # or noise would fit a big object that is almost all hidden
+        # or noise would fit a big object that is hidden
         seen = (model * visible).sum((1, 2)) > 0.5 * model.sum((1, 2))
         score, i = (overlap / union).where(seen, 0.0).max(0)
         if score > best[0]:
@@ -85,7 +86,7 @@ def judge(image):
     grounds, colors = torch.tensor(sgt.BACKGROUNDS), torch.tensor(list(sgt.COLORS.values()))
     index = nearest(image, torch.cat([grounds, colors]))[1]  # (B, P, P)
     labels = (index - len(grounds) + 1).clamp(min=0)  # 0 background
-    # less is noise: 3.4 pixels at P = 32
+    # less is noise
     smallest = 0.4 * (0.3 * RADII["small"] * image.shape[-1]) ** 2 * math.pi + 2
     parts = parts_of(labels, len(colors), smallest)
     for picture, label, part, hue, things in zip(image, labels, parts, index, found):
@@ -93,7 +94,7 @@ def judge(image):
         for number in part[part > 0].unique():
             mask = part == number  # (P, P)
             color = int(label[mask][0])
-            # how much of a pixel is covered: its place on the line from background to object color
+            # how much of a pixel is covered: its place between ground and color
             ray = colors[color - 1][:, None, None] - ground
             cover = (((picture - ground) * ray).sum(0) / ray.square().sum()).clamp(0, 1)
             cover = torch.maximum(cover * widened(mask), mask * 0.7)
@@ -125,7 +126,7 @@ def panoptic_quality(predicted, truth):
         both = p @ t.T  # (predictions, truths)
         iou = both / (p.sum(1)[:, None] + t.sum(1) - both).clamp(min=1)
         iou_sum += float(iou[iou > 0.5].sum())  # masks of a picture are disjoint: a match is unique
-        count += (len(p) + len(t)) / 2  # what is matched, and half of what is extra or missed
+        count += (len(p) + len(t)) / 2  # matched, and half of extra or missed
     return 100 * iou_sum / count if count else 100.0
 
 def coco_masks(masks):
@@ -166,9 +167,8 @@ def segmentation(cfg, model, tokenizer, folder=None):
         drawn = (sgt.generate(model, tokenizer, prompts, image.to(device)) if model else
                  tokenizer.decode(tokenizer.encode(target.to(device)))).cpu()
         (masks, scores), true = masks_of(drawn), id_masks(sgt.render(cfg, scenes).instance)
-        side = {"width": cfg.image_size, "height": cfg.image_size}
-        data = {"images": [{"id": i + 1, "file_name": f"{i:06d}.png", **side}
-                           for i in range(len(scenes))],
+        data = {"images": [{"id": i + 1, "file_name": f"{i:06d}.png", "width": cfg.image_size,
+                            "height": cfg.image_size} for i in range(len(scenes))],
                 "categories": [{"id": 1, "name": "object"}], "annotations": coco_masks(true)}
         results = [{**mask, "score": score} for mask, score in zip(coco_masks(masks), scores)]
         if folder:
@@ -182,12 +182,8 @@ def segmentation(cfg, model, tokenizer, folder=None):
     return found
 
 # ==== 3. Questions and prompts
-class Item(NamedTuple):
-    """A question about a held-out scene with its answer, or a prompt that fits it."""
-    kind: str
-    scene: sgt.Scene
-    text: str
-    truth: str = ""
+# A question about a held-out scene with its answer, or a prompt that fits it.
+Item = namedtuple("Item", "kind scene text truth", defaults=[""])
 
 def collect(cfg, kinds, total, use, turn):
     """`total` items, as many of every kind, each about a scene of its own: independent errors.
@@ -195,7 +191,7 @@ def collect(cfg, kinds, total, use, turn):
     items, need = [], Counter({kind: max(1, total // len(kinds)) for kind in kinds})
     for number in itertools.count():
         scene = sgt.sample(cfg, "val", [number], use)[0]
-        for kind, missing in need.most_common():  # the kind that lags behind first
+        for kind, missing in need.most_common():  # what lags behind first
             found = turn(cfg, kind, scene) if missing else None
             if found:
                 items.append(Item(kind, scene, *found))
@@ -216,7 +212,7 @@ def right(model, items, look):
     return np.array([answer == item.truth for answer, item in zip(said, items)])
 
 def by_kind(items, hits):
-    """Percent of hits by kind, their average and, of questions, that of each level."""
+    """Percent of hits by kind, their average and, for questions, each level's."""
     kinds, hits = np.array([item.kind for item in items]), 100.0 * np.array(hits)
     score = {kind: float(hits[kinds == kind].mean()) for kind in dict.fromkeys(kinds.tolist())}
     levels = {"average": score}
@@ -225,7 +221,7 @@ def by_kind(items, hits):
     return score | {name: statistics.fmean(map(score.get, part)) for name, part in levels.items()}
 
 def question_only(cfg, items):
-    """Hits without the picture: the commonest training answer to the very question."""
+    """Hits without the picture: the commonest training answer to the question."""
     by_text, of_kind = defaultdict(Counter), defaultdict(Counter)
     for scene in sgt.sample(cfg, "train", range(4000), "questions"):
         for kind in QUESTIONS:
@@ -268,20 +264,35 @@ def probe(x, y):
 
 @torch.no_grad()
 def inside(cfg, model, n=600):
-    """In %, behind the encoder and the last block: a linear probe for the shape in textured patches
-    and the cosine of a scene's centred features, plain and textured."""
-    scenes, found = [val_scenes(cfg, n, look) for look in LOOKS[:2]], {}
-    looks = [sgt.render(cfg, each) for each in scenes]
+    """In %, behind the encoder and the last block: a linear probe for the shape in textured
+    patches, the cosine of a scene's centred features, plain and textured. By block: attention
+    to the object asked about, beside an even share."""
+    scenes = [val_scenes(cfg, n, look) for look in LOOKS[:2]]
+    looks, U, device = [sgt.render(cfg, each) for each in scenes], cfg.patches, model.word.device
     cover = F.one_hot(looks[1].instance, MAX_OBJECTS + 1).float().permute(0, 3, 1, 2)
-    amount, index = F.avg_pool2d(cover, cfg.see_patch)[:, 1:].flatten(2).max(1)  # (B, U)
-    seen = amount > 0.05  # patches with an object
+    cover = F.avg_pool2d(cover, cfg.see_patch).flatten(2)  # (B, 1 + M, U)
+    amount, index = cover[:, 1:].max(1)
+    seen, found, block = amount > 0.05, {}, itertools.count(1)  # seen: patches with an object
     shape = sgt.pad([[SHAPES.index(o.shape) for o in s.things] for s in scenes[1]], MAX_OBJECTS)
-    last = lambda x: sgt.prefill(model, x, x.new_zeros(n, 1).long(), 0)[0][:, :cfg.patches]
+    shape = shape.gather(1, index)[seen]
+    last = lambda x: sgt.prefill(model, x, x.new_zeros(n, 1).long(), 0)[0][:, :U]
     for behind, see in ("encoder", model.see), ("last block", last):  # each (B, U, D)
-        features = [see(look.image.to(model.word.device)).float().cpu() for look in looks]
+        features = [see(look.image.to(device)).float().cpu() for look in looks]
         cosine = F.cosine_similarity(*(x - x.mean((0, 1)) for x in features), -1).mean()
         found[f"cosine of looks, {behind}"] = 100 * float(cosine)
-        found[f"probe for shape, {behind}"] = probe(features[1][seen], shape.gather(1, index)[seen])
+        found[f"probe for shape, {behind}"] = probe(features[1][seen], shape)
+    # a spy in the forward pass: where does the end of "where is the ring?" look?
+    asked = [(row, o.index, sgt.encode(f"where is the {name}?")) for row in range(n)
+             for o, name in sgt.named(scenes[1][row].things)[:1] if name == o.shape]
+    row, thing, text = map(torch.tensor, zip(*asked))
+    there = (cover[row, thing] > 0.05).float().to(device)  # (B, U)
+    def spy(q, k, v, sees):
+        weight = attention_reference(q[:, :, -1:], k[:, :, :U], v[:, :, :U], sees[:1])[1].float()
+        share = (weight * there[:, None, None]).sum(-1).mean() / there.mean()
+        found[f"attention to the object, block {next(block)}"] = 100 * float(share)
+        return attention(q, k, v, sees)
+    with mock.patch("sgt.attention", spy):
+        model(looks[1].image[row].to(device), text.to(device), None)
     return found
 
 # ==== 5. Report
@@ -297,25 +308,21 @@ def table(head, rows):
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 def markdown(report):
-    """The tables of a report, and the sentences that the run was made for."""
+    """The tables of a report, and the sentences that the run is for."""
     models, n, out = report["models"], report["config"]["eval_questions"], []
     asked = f"{n:g} questions, % right, averages to ± {50 / math.sqrt(n):.1f} (standard error)"
     for part, beside, title in [
-        ("plain", ["question only"], f"Understanding of plain scenes: {asked}"),
-        ("textured", ["question only"], f"Understanding of textured scenes: {asked}"),
-        ("noisy", ["question only"], f"Understanding of noisy scenes (not trained on): {asked}"),
-        ("generation", ["true", "ceiling"], "Generation: % of pictures that show what was asked "
-         "(true: of true pictures; ceiling: of these after the tokenizer's round trip)"),
+        *((look, ["question only"], f"Understanding of {look} scenes: {asked}") for look in LOOKS),
+        ("generation", ["ceiling"], "Generation: % of pictures that show what was asked (ceiling: "
+         "true ones, as codes and back)"),
         ("masks", ["mask ceiling"], "Masks: panoptic quality and average precision"),
-        ("inside", [], "Inside, on textured scenes"),
+        ("inside", [], "Inside, on textured scenes (attention: 100 is even)"),
     ]:
         columns = {name: report[name] for name in beside}
         columns |= {LABELS[arm]: entry[part] for arm, entry in models.items() if part in entry}
         keys = next(iter(columns.values()))
         rows = [[key, *(column[key] for column in columns.values())] for key in keys]
         out += [title, table(["", *columns], rows), ""]
-    pace = report.get("ms a step", {}).items()
-    out.append("Milliseconds a step: " + ", ".join(f"{stage} {ms:.0f}" for stage, ms in pace))
     for arm, entry in models.items():
         for look in LOOKS:
             if f"{look} - SFT" in entry:
@@ -353,7 +360,7 @@ def picture_grid(rows, cell=96):
     return sgt.png(sheet)
 
 def evaluate(run, device):
-    """Measure every model of a run; write samples/, report.md, .html and, last, report.json."""
+    """Measure every model of a run; write samples/, report.md, .html, .json."""
     cfg, tokenizer, _, _ = sgt.load_run(run, "base", device)
     items = collect(cfg, QUESTIONS, cfg.eval_questions, "questions", question)
     drawn_of = collect(cfg, GENEVAL, cfg.eval_prompts, "captions", prompt)
@@ -362,10 +369,9 @@ def evaluate(run, device):
     round_trip = tokenizer.decode(tokenizer.encode(true.to(device)))
     report = {"config": vars(cfg), "device": str(device), "torch": torch.__version__,
               "question only": by_kind(items, question_only(cfg, items)),
-              "true": pictures_score(drawn_of, true),
               "ceiling": pictures_score(drawn_of, round_trip),
               "mask ceiling": segmentation(cfg, None, tokenizer), "models": {}}
-    # the picture: all looks of three scenes, their masks, what each model draws and answers
+    # three scenes in all looks, their masks, what each model draws and says
     shown = [scene._replace(look=look) for scene in sgt.sample(cfg, "val", range(3), "masks")
              for look in LOOKS]
     seen, _, target = sgt.draw_proxy(cfg, "instance", shown)
@@ -388,11 +394,6 @@ def evaluate(run, device):
         masks.append((f"{LABELS[arm]}: draws, says", picture, said))
         few = [i * len(texts) // 8 for i in range(8)]
         free.append((f"{LABELS[arm]}: of a text", drawn[few], [texts[i] for i in few]))
-    pace = defaultdict(list)
-    for a, b in itertools.pairwise(run.log()):
-        if a["stage"] == b["stage"]:
-            pace[a["stage"]].append((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]))
-    report["ms a step"] = {stage: 1000 * statistics.median(each) for stage, each in pace.items()}
     arms = set(hits) - {"base", "none"} if "none" in hits else ()
     for arm, look in itertools.product(arms, LOOKS):
         d = 100.0 * hits[arm][look] - 100.0 * hits["none"][look]
@@ -401,12 +402,12 @@ def evaluate(run, device):
     run.write("samples/prompts.png", picture_grid(free))
     run.write("report.md", markdown(report) + "\n")
     run.write("report.html", page(run, report))
-    run.write("report.json", json.dumps(report, indent=1))  # last: one cut off is made again
+    run.write("report.json", json.dumps(report, indent=1))  # last: if cut off, again
 
 STYLE = "body{font:15px sans-serif;margin:2rem}img{max-width:100%}svg{width:24rem;font-size:11px}"
 
 def curve(title, lines):
-    """The losses of a stage as an SVG line chart from 0."""
+    """The losses of a stage as an SVG line chart."""
     names = [name for name in lines[0] if name not in ("stage", "step", "seconds")]
     last, top = lines[-1]["step"] or 1, max(min(line[name], 8) for line in lines for name in names)
     out = [f'<svg viewBox="0 0 400 {170 + 14 * len(names)}"><text x="30" y="12">{title}, 0 to '
@@ -419,10 +420,10 @@ def curve(title, lines):
     return "".join(out) + "</svg>"
 
 def page(run, report):
-    """report.html: tables, pictures and curves in one file, nothing from elsewhere."""
+    """report.html: tables, pictures and curves in one file."""
     title = html.escape(f"{run.folder.name}, seed {report['config']['seed']}")
     out = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-           f"<h1>{title}, torch {report['torch']}, {report['device']}</h1>"
+           f"<h1>{title}, torch {report['torch']}</h1>"
            f"<pre>{html.escape(markdown(report))}</pre>"]
     for name in ("comparison", "prompts"):
         data = base64.b64encode((run.folder / f"samples/{name}.png").read_bytes()).decode()
@@ -433,19 +434,19 @@ def page(run, report):
 
 # ==== 6. Commands
 def mean(parts):
-    """Reports of several seeds as one: the means of numbers that each holds."""
+    """Reports of several seeds as one: means of the numbers that all hold."""
     if not isinstance(parts[0], dict):
         return statistics.fmean(parts) if isinstance(parts[0], (int, float)) else parts[0]
     return {key: mean([part[key] for part in parts]) for key in parts[0]
             if all(key in part for part in parts) and "- SFT" not in key}
 
 def study(reports):
-    """Arms over seeds: means ± standard errors over seeds, and each seed's difference to SFT."""
+    """Arms over seeds: means ± standard errors, and each seed's difference to SFT."""
     same = set(sgt.NAMES) - {"seed", "proxies", *sgt.FREE}
     configs = [vars(sgt.Config) | r["config"] for r in reports]  # a setting may be new
     seeds, *others = zip(*([config[name] for name in ("seed", *same)] for config in configs))
     if any(len(set(values)) > 1 for values in others) or len(set(seeds)) < len(seeds):
-        raise UserError("these runs differ in more than the seed, or share one; name others")
+        raise UserError("these runs differ in more than seeds, or share one; name others")
     columns = {"perception": ("textured", "perception"), "reasoning": ("textured", "reasoning"),
                **{look: (look, "average") for look in LOOKS},
                "position": ("generation", "position"), "generation": ("generation", "average"),
@@ -463,10 +464,9 @@ def study(reports):
                 row.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
             each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
             rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
-    head = ["arm", "level", *columns, "textured − SFT by seed"]
     return (f"{markdown(mean(reports))}\n\nAbove: means of seeds {', '.join(map(str, seeds))}. "
-            "Below: ± standard error over them; perception, reasoning, PQ are of textured scenes\n"
-            f"{table(head, rows)}")
+            "Below: ± standard error over them; perception, reasoning, PQ: textured scenes\n"
+            + table(["arm", "level", *columns, "textured − SFT by seed"], rows))
 
 def command(argv):
     p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -488,7 +488,7 @@ def command(argv):
         cfg, tokenizer, model, name = sgt.load_run(runs[0], None, device)
         scores = segmentation(cfg, model, tokenizer, args.export)
         said = ", ".join(f"{key} {value:.1f}" for key, value in scores.items())
-        return print(f"wrote scenes and what {LABELS[name]} draws of them to {args.export}: {said}")
+        return print(f"wrote scenes and masks by {LABELS[name]} to {args.export}: {said}")
     for run in runs:
         if args.again or not run.has("report.json"):
             evaluate(run, device)
