@@ -5,65 +5,61 @@
     python eval.py runs/tiny --export DIR  # scenes as COCO data, drawn masks as results
 """
 import base64
-import contextlib
 import functools
 import html
-import io
 import itertools
 import json
 import math
-import statistics
 import sys
-import textwrap
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
+from statistics import fmean, mean, stdev
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from pycocotools import mask as mask_tools
+from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import kernels
 import sgt
-from kernels import attention, attention_reference
+from kernels import attention_reference
 from sgt import LOOKS, MAX_OBJECTS, PALETTE, PROXIES, QUESTIONS, RADII, Run, Thing, UserError
 
 SHAPES, COLORS = list(sgt.SHAPES), list(sgt.COLORS)
-REASONING = ("compare", "arithmetic")  # the others are perception
+REASONING = {"compare", "arithmetic"}  # the others are perception
 
 # ==== 1. Judge: parse a picture back into objects
 def parts_of(label, colors, smallest):
-    """Number the 8-connected parts of each color in index maps (B, P, P), 0 is background: a part
-    gets 1 + its last flat index, and 0 if it has fewer than `smallest` pixels."""
-    B, P, _ = label.shape
-    mask = (label[:, None] == torch.arange(1, colors + 1)[:, None, None]).float()
-    parts = torch.arange(1, P * P + 1.0).view(1, 1, P, P) * mask  # (B, colors, P, P)
-    before = mask
-    while not torch.equal(parts, before):  # spread the numbers until nothing changes
-        before, parts = parts, F.max_pool2d(parts, 3, 1, 1) * mask
-    parts = parts.amax(1).long()  # (B, P, P)
-    key = parts + torch.arange(B)[:, None, None] * (P * P + 1)  # another number in each picture
-    return parts * (key.flatten().bincount()[key] >= smallest)
+    """Number the 8-connected parts of each color, from 1, in index maps (B, P, P): a part gets 1 +
+    the flat index of its last pixel, and 0 if it has fewer than `smallest` pixels."""
+    mask = label[:, None] == torch.arange(1, colors + 1)[:, None, None]  # (B, colors, P, P)
+    parts = torch.arange(1, 1 + label.numel(), dtype=torch.int32).view_as(label)[:, None] * mask
+    while not torch.equal(parts, wider := F.max_pool2d(parts, 3, 1, 1) * mask):
+        parts = wider  # spread the numbers until nothing changes
+    parts = parts.amax(1)  # (B, P, P)
+    return parts * (parts.flatten().bincount()[parts] >= smallest)
 
 def nearest(image, palette):
     """Squared distance and index (B, P, P) of the palette color (n, 3) nearest to each pixel."""
     return torch.stack([(image - c[:, None, None]).square().sum(1) for c in palette]).min(0)
 
-def widened(mask):
-    """A mask (P, P) and its edge of one pixel, as floats."""
-    return F.max_pool2d(mask[None].float(), 3, 1, 1)[0]
+def id_masks(instance):
+    """Index maps (B, P, P), 0 = background -> (n, P, P) bool for every picture."""
+    return [ids == ids[ids > 0].unique()[:, None, None] for ids in instance]
 
 def best_fit(color, cover, visible, x, y):
     """The Thing near (x, y), of any shape and size, most like `cover` (P, P) if visible."""
     P, pixel = len(cover), torch.arange(len(cover)) + 0.5
     tried = list(itertools.product(RADII, (-0.5, 0, 0.5), (-0.5, 0, 0.5)))
-    radius = torch.tensor([RADII[size] * P for size, _, _ in tried])[:, None, None]  # (n, 1, 1)
-    dx, dy = torch.tensor([at for _, *at in tried]).T[..., None, None]
-    best = 0.0, None
+    numbers = torch.tensor([(RADII[size] * P, dx, dy) for size, dx, dy in tried])
+    radius, dx, dy = numbers.T[..., None, None]  # (n, 1, 1) each
+    best, found = 0.7, None  # a soft IoU
     for shape, distance in sgt.SHAPES.items():
         # the box of a triangle is not centred on the point that it is drawn around
         middle = y + dy + 0.125 * radius * (shape == "triangle")
@@ -74,48 +70,40 @@ def best_fit(color, cover, visible, x, y):
         # or noise would fit a big object that is hidden
         seen = (model * visible).sum((1, 2)) > 0.5 * model.sum((1, 2))
         score, i = (overlap / union).where(seen, 0.0).max(0)
-        if score > best[0]:
-            place = [float(value[i]) for value in (x + dx, middle, radius)]
-            best = float(score), Thing(shape, color, tried[i][0], *place, 0)
-    return best
+        if score > best:
+            place = x + float(dx[i]), float(middle[i]), float(radius[i])
+            best, found = score, Thing(shape, color, tried[i][0], *place, 0)
+    return found
 
 def judge(image):
     """The Things in pictures (B, 3, P, P) of plain scenes, by analysis through synthesis: a part of
-    one color is what fits it best, if the soft IoU exceeds 0.7; hidden pixels do not count."""
+    one color is what fits it best; hidden pixels do not count."""
     image, found = image.float().cpu(), [[] for _ in image]
-    grounds, colors = torch.tensor(sgt.BACKGROUNDS), torch.tensor(list(sgt.COLORS.values()))
-    index = nearest(image, torch.cat([grounds, colors]))[1]  # (B, P, P)
-    labels = (index - len(grounds) + 1).clamp(min=0)  # 0 background
-    # less is noise
-    smallest = 0.4 * (0.3 * RADII["small"] * image.shape[-1]) ** 2 * math.pi + 2
-    parts = parts_of(labels, len(colors), smallest)
-    for picture, label, part, hue, things in zip(image, labels, parts, index, found):
-        ground = grounds[hue[label == 0].bincount(minlength=len(grounds)).argmax()][:, None, None]
-        for number in part[part > 0].unique():
-            mask = part == number  # (P, P)
-            color = int(label[mask][0])
+    palette, first = torch.tensor([*sgt.BACKGROUNDS, *sgt.COLORS.values()]), len(sgt.BACKGROUNDS)
+    hues = nearest(image, palette)[1]  # (B, P, P), of a color from `first` on
+    smallest = 0.4 * (0.3 * RADII["small"] * image.shape[-1]) ** 2 * math.pi + 2  # less is noise
+    parts = id_masks(parts_of(hues - first + 1, len(COLORS), smallest))
+    for picture, hue, masks, things in zip(image, hues, parts, found):
+        ground = palette[hue[hue < first].bincount(minlength=1).argmax(), :, None, None]
+        for mask in masks:  # (P, P)
+            color = hue[mask][0]
             # how much of a pixel is covered: its place between ground and color
-            ray = colors[color - 1][:, None, None] - ground
+            ray = palette[color, :, None, None] - ground
             cover = (((picture - ground) * ray).sum(0) / ray.square().sum()).clamp(0, 1)
-            cover = torch.maximum(cover * widened(mask), mask * 0.7)
-            visible = 1 - widened((label > 0) & (label != color)) * ~mask
+            others = (hue >= first) & (hue != color)
+            near, hidden = F.max_pool2d(torch.stack([mask, others]).float(), 3, 1, 1)
+            cover = torch.maximum(cover * near, mask * 0.7)
             y, x = (float(line.min() + line.max() + 1) / 2 for line in mask.nonzero().T)
-            score, thing = best_fit(COLORS[color - 1], cover, visible, x, y)
-            if score > 0.7:
+            if thing := best_fit(COLORS[color - first], cover, 1 - hidden * ~mask, x, y):
                 things.append(thing)
     return found
 
 # ==== 2. Masks: panoptic quality, COCO's AP
-def id_masks(instance):
-    """Index maps (B, P, P), 0 = background -> (n, P, P) bool for every picture."""
-    return [ids == ids[ids > 0].unique()[:, None, None] for ids in instance]
-
 def masks_of(drawn):
     """Masks in drawn targets (B, 3, P, P), without specks: one color is one object. And the score
     of each mask: how close its pixels are to their palette color."""
     far, label = nearest(drawn, PALETTE[:MAX_OBJECTS + 1])  # (B, P, P)
-    specks = parts_of(label, MAX_OBJECTS, max(2, drawn.shape[-1] ** 2 / 256)) == 0
-    masks = id_masks(label.masked_fill(specks, 0))
+    masks = id_masks(label * (parts_of(label, MAX_OBJECTS, drawn.shape[-1] ** 2 / 256) > 0))
     return masks, [1 - float(d[mask].mean()) for d, of in zip(far.sqrt(), masks) for mask in of]
 
 def panoptic_quality(predicted, truth):
@@ -124,7 +112,7 @@ def panoptic_quality(predicted, truth):
     for p, t in zip(predicted, truth):
         p, t = p.flatten(1).float(), t.flatten(1).float()
         both = p @ t.T  # (predictions, truths)
-        iou = both / (p.sum(1)[:, None] + t.sum(1) - both).clamp(min=1)
+        iou = both / (p.sum(1)[:, None] + t.sum(1) - both)
         iou_sum += float(iou[iou > 0.5].sum())  # masks of a picture are disjoint: a match is unique
         count += (len(p) + len(t)) / 2  # matched, and half of extra or missed
     return 100 * iou_sum / count if count else 100.0
@@ -133,29 +121,27 @@ def coco_masks(masks):
     """Masks of pictures as COCO annotations of category 1; ids from 1, as COCOeval needs."""
     found = []
     for image, each in enumerate(masks, 1):
-        for mask in each.numpy().astype(np.uint8):
-            rle = mask_tools.encode(np.asfortranarray(mask))
+        for rle in mask_api.encode(np.asfortranarray(each.byte().permute(1, 2, 0).numpy())):
             found.append({"id": len(found) + 1, "image_id": image, "category_id": 1, "iscrowd": 0,
-                          "area": int(mask.sum()), "bbox": mask_tools.toBbox(rle).tolist(),
+                          "area": int(mask_api.area(rle)), "bbox": mask_api.toBbox(rle).tolist(),
                           "segmentation": {**rle, "counts": rle["counts"].decode()}})
     return found
 
 def average_precision(truth, results):
     """COCO's AP of masks in percent, by COCOeval as it comes."""
-    if not results:
-        return 0.0
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+    with mock.patch("builtins.print"):  # pycocotools talks
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        measured = COCOeval(coco, coco.loadRes(results), "segm")
+        measured = COCOeval(coco, coco.loadRes(results) if results else COCO(), "segm")
         measured.evaluate()
         measured.accumulate()
         measured.summarize()
-    return 100 * float(measured.stats[0])
+    return 100 * measured.stats[0]
 
-def val_scenes(cfg, n, look):
-    return [scene._replace(look=look) for scene in sgt.sample(cfg, "val", range(n), "masks")]
+def val_scenes(cfg, n, *looks):
+    return [scene._replace(look=look) for scene in sgt.sample(cfg, "val", range(n), "masks")
+            for look in looks]
 
 def segmentation(cfg, model, tokenizer, folder=None):
     """PQ and AP of the masks that a model (None: the tokenizer, the ceiling) draws of held-out
@@ -188,17 +174,14 @@ Item = namedtuple("Item", "kind scene text truth", defaults=[""])
 def collect(cfg, kinds, total, use, turn):
     """`total` items, as many of every kind, each about a scene of its own: independent errors.
     `turn(cfg, kind, scene)` gives text and truth, or None."""
-    items, need = [], Counter({kind: max(1, total // len(kinds)) for kind in kinds})
-    for number in itertools.count():
-        scene = sgt.sample(cfg, "val", [number], use)[0]
-        for kind, missing in need.most_common():  # what lags behind first
-            found = turn(cfg, kind, scene) if missing else None
-            if found:
-                items.append(Item(kind, scene, *found))
-                need[kind] -= 1
+    items, numbers = {kind: [] for kind in kinds}, itertools.count()
+    while lacking := [kind for kind in kinds if len(items[kind]) < max(1, total // len(kinds))]:
+        scene = sgt.sample(cfg, "val", [next(numbers)], use)[0]
+        for kind in sorted(lacking, key=lambda kind: len(items[kind])):  # what lags behind first
+            if found := turn(cfg, kind, scene):
+                items[kind].append(Item(kind, scene, *found))
                 break
-        if not need.total():
-            return sorted(items, key=lambda item: list(kinds).index(item.kind))
+    return sum(items.values(), [])
 
 def question(cfg, kind, scene):
     return sgt.ask(kind, scene.things, scene.rng(kind), cfg.image_size)
@@ -214,21 +197,21 @@ def right(model, items, look):
 def by_kind(items, hits):
     """Percent of hits by kind, their average and, for questions, each level's."""
     kinds, hits = np.array([item.kind for item in items]), 100.0 * np.array(hits)
-    score = {kind: float(hits[kinds == kind].mean()) for kind in dict.fromkeys(kinds.tolist())}
+    score = {kind: hits[kinds == kind].mean() for kind in dict.fromkeys(kinds.tolist())}
     levels = {"average": score}
-    if set(score) == set(QUESTIONS):
-        levels |= {"perception": set(score) - set(REASONING), "reasoning": REASONING}
-    return score | {name: statistics.fmean(map(score.get, part)) for name, part in levels.items()}
+    if REASONING <= set(score):
+        levels |= {"perception": set(score) - REASONING, "reasoning": REASONING}
+    return score | {name: fmean(map(score.get, part)) for name, part in levels.items()}
 
 def question_only(cfg, items):
     """Hits without the picture: the commonest training answer to the question."""
-    by_text, of_kind = defaultdict(Counter), defaultdict(Counter)
+    answers = defaultdict(Counter)  # to a text, or to all of a kind
     for scene in sgt.sample(cfg, "train", range(4000), "questions"):
         for kind in QUESTIONS:
             if asked := question(cfg, kind, scene):
-                by_text[asked[0]][asked[1]] += 1
-                of_kind[kind][asked[1]] += 1
-    return [i.truth == (by_text.get(i.text) or of_kind[i.kind]).most_common(1)[0][0] for i in items]
+                answers[asked[0]][asked[1]] += 1
+                answers[kind][asked[1]] += 1
+    return [i.truth == (answers.get(i.text) or answers[i.kind]).most_common(1)[0][0] for i in items]
 
 GENEVAL = ("single", "two", "counting", "colors", "position", "attribution")
 
@@ -242,14 +225,14 @@ def satisfied(item, found):
     if item.kind == "counting":
         return shapes.count(wanted[0].shape) == len(wanted)
     if item.kind in ("colors", "attribution"):
-        return {sgt.noun(o) for o in wanted} <= {sgt.noun(o) for o in found}
+        return set(map(sgt.noun, wanted)) <= set(map(sgt.noun, found))
     if item.kind == "position":
         return any(item.text == f"a {a.shape} {sgt.relation(a, b)} a {b.shape}"
                    for a, b in itertools.permutations(found, 2))
     return {o.shape for o in wanted} <= set(shapes)
 
 def pictures_score(items, images):
-    return by_kind(items, [satisfied(*each) for each in zip(items, judge(images))])
+    return by_kind(items, list(map(satisfied, items, judge(images))))
 
 # ==== 4. Inside the model: linear probes, the two looks
 def probe(x, y):
@@ -257,7 +240,7 @@ def probe(x, y):
     half = len(x) // 2
     x = (x - x[:half].mean(0)) / (x[:half].std(0) + 1e-6)
     x = F.pad(x, (0, 1), value=1.0).double()
-    penalty = 0.01 * half * torch.eye(x.shape[1], dtype=torch.float64)
+    penalty = 0.01 * half * torch.eye(x.shape[1]).double()
     target = x[:half].T @ F.one_hot(y[:half]).double()
     weight = torch.linalg.solve(x[:half].T @ x[:half] + penalty, target)
     return 100 * float(((x[half:] @ weight).argmax(1) == y[half:]).double().mean())
@@ -272,7 +255,7 @@ def inside(cfg, model, n=600):
     cover = F.one_hot(looks[1].instance, MAX_OBJECTS + 1).float().permute(0, 3, 1, 2)
     cover = F.avg_pool2d(cover, cfg.see_patch).flatten(2)  # (B, 1 + M, U)
     amount, index = cover[:, 1:].max(1)
-    seen, found, block = amount > 0.05, {}, itertools.count(1)  # seen: patches with an object
+    seen, found = amount > 0.05, {}  # seen: patches with an object
     shape = sgt.pad([[SHAPES.index(o.shape) for o in s.things] for s in scenes[1]], MAX_OBJECTS)
     shape = shape.gather(1, index)[seen]
     last = lambda x: sgt.prefill(model, x, x.new_zeros(n, 1).long(), 0)[0][:, :U]
@@ -286,78 +269,58 @@ def inside(cfg, model, n=600):
              for o, name in sgt.named(scenes[1][row].things)[:1] if name == o.shape]
     row, thing, text = map(torch.tensor, zip(*asked))
     there = (cover[row, thing] > 0.05).float().to(device)  # (B, U)
-    def spy(q, k, v, sees):
-        weight = attention_reference(q[:, :, -1:], k[:, :, :U], v[:, :, :U], sees[:1])[1].float()
-        share = (weight * there[:, None, None]).sum(-1).mean() / there.mean()
-        found[f"attention to the object, block {next(block)}"] = 100 * float(share)
-        return attention(q, k, v, sees)
-    with mock.patch("sgt.attention", spy):
+    with mock.patch("sgt.attention", wraps=sgt.attention) as spy:
         model(looks[1].image[row].to(device), text.to(device), None)
+    for block, ((q, k, v, sees), _) in enumerate(spy.call_args_list, 1):
+        inputs = q[:, :, -1:], k[:, :, :U], v[:, :, :U], sees[:1]
+        weight = attention_reference(*inputs)[1].float()  # (B, H, 1, U)
+        share = (weight * there[:, None, None]).sum(-1).mean() / there.mean()
+        found[f"attention to the object, block {block}"] = 100 * float(share)
     return found
 
 # ==== 5. Report
 LABELS = {arm: arm for arm in ("base", *PROXIES)} | {"none": "SFT", "instance": "SGT"}
 
 def table(head, rows):
-    """A Markdown table with aligned columns; numbers with one decimal."""
-    cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [" | ".join(f"{c:{'>' if i else '<'}{w}}" for i, (c, w) in enumerate(zip(row, widths)))
-             for row in cells]
-    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
-    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
+    """A Markdown table with aligned columns."""
+    first, *others = (max(map(len, column)) for column in zip(head, *rows))
+    form = f"| {{:{first}}} |" + "".join(f" {{:>{width}}} |" for width in others)
+    rule = f"|{'-' * (first + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in others)
+    return "\n".join([form.format(*head), rule, *(form.format(*row) for row in rows)])
 
 def markdown(report):
     """The tables of a report, and the sentences that the run is for."""
     models, n, out = report["models"], report["config"]["eval_questions"], []
     asked = f"{n:g} questions, % right, averages to ± {50 / math.sqrt(n):.1f} (standard error)"
     for part, beside, title in [
-        *((look, ["question only"], f"Understanding of {look} scenes: {asked}") for look in LOOKS),
-        ("generation", ["ceiling"], "Generation: % of pictures that show what was asked (ceiling: "
+        *((look, "question only", f"Understanding of {look} scenes: {asked}") for look in LOOKS),
+        ("generation", "ceiling", "Generation: % of pictures that show what was asked (ceiling: "
          "true ones, as codes and back)"),
-        ("masks", ["mask ceiling"], "Masks: panoptic quality and average precision"),
-        ("inside", [], "Inside, on textured scenes (attention: 100 is even)"),
+        ("masks", "mask ceiling", "Masks: panoptic quality and average precision"),
+        ("inside", "", "Inside, on textured scenes (attention: 100 is even)"),
     ]:
-        columns = {name: report[name] for name in beside}
+        columns = {beside: report[beside]} if beside else {}
         columns |= {LABELS[arm]: entry[part] for arm, entry in models.items() if part in entry}
         keys = next(iter(columns.values()))
-        rows = [[key, *(column[key] for column in columns.values())] for key in keys]
+        rows = [[key, *(f"{column[key]:.1f}" for column in columns.values())] for key in keys]
         out += [title, table(["", *columns], rows), ""]
-    for arm, entry in models.items():
-        for look in LOOKS:
-            if f"{look} - SFT" in entry:
-                difference = "{:+.1f} ± {:.1f}".format(*entry[f"{look} - SFT"])
-                out.append(f"{LABELS[arm]} − SFT on {look} scenes: {difference}")
+    for (arm, entry), look in itertools.product(models.items(), LOOKS):
+        if f"{look} - SFT" in entry:
+            value, error = entry[f"{look} - SFT"]
+            out.append(f"{LABELS[arm]} − SFT on {look} scenes: {value:+.1f} ± {error:.1f}")
     return "\n".join(out)
 
 def read_report(run):
+    """A report and its tables; whatever is missing shows in these."""
     def reader(path):
-        report = json.loads(path.read_text("utf-8"))
-        markdown(report)  # whatever is missing shows here
-        return report
+        report = json.loads(path.read_bytes())
+        return report, markdown(report)
     return sgt.read(run.folder / "report.json", reader,
                     f"make one with: python eval.py {run.folder} --again")
 
 def show(run):
-    return (f"{markdown(read_report(run))}\n\nPictures and curves: {run.folder / 'report.html'}\n"
+    return (f"{read_report(run)[1]}\n\nPictures and curves: {run.folder / 'report.html'}\n"
             f"Pictures to ask about: python eval.py {run.folder} --export scenes")
-
-def picture_grid(rows, cell=96):
-    """PNG of labelled rows of pictures: (label, (n, 3, P, P) in [0, 1], texts below or None)."""
-    heights = [cell + 4 + (26 if texts else 0) for _, _, texts in rows]
-    width = 150 + max(len(images) for _, images, _ in rows) * (cell + 4)
-    sheet, y = Image.new("RGB", (width, sum(heights)), "white"), 0
-    pen = ImageDraw.Draw(sheet)
-    for (name, images, texts), height in zip(rows, heights):
-        pen.text((4, y + cell // 2 - 6), name, fill="black")
-        for i, image in enumerate(images):
-            x = 150 + i * (cell + 4)
-            sheet.paste(sgt.to_pil(image).resize((cell, cell), Image.NEAREST), (x, y))
-            if texts:
-                lines = textwrap.fill(texts[i], 17, max_lines=2, placeholder=" ...")
-                pen.text((x, y + cell), lines, fill="black", spacing=1, font_size=10)
-        y += height
-    return sgt.png(sheet)
 
 def evaluate(run, device):
     """Measure every model of a run; write samples/, report.md, .html, .json."""
@@ -372,8 +335,7 @@ def evaluate(run, device):
               "ceiling": pictures_score(drawn_of, round_trip),
               "mask ceiling": segmentation(cfg, None, tokenizer), "models": {}}
     # three scenes in all looks, their masks, what each model draws and says
-    shown = [scene._replace(look=look) for scene in sgt.sample(cfg, "val", range(3), "masks")
-             for look in LOOKS]
+    shown = val_scenes(cfg, 3, *LOOKS)
     seen, _, target = sgt.draw_proxy(cfg, "instance", shown)
     wonder = [f"how many {sgt.plural(scene.things[0].shape)}?" for scene in shown]
     masks, free, hits = [("picture", seen, wonder), ("true masks", target, None)], [], {}
@@ -397,9 +359,9 @@ def evaluate(run, device):
     arms = set(hits) - {"base", "none"} if "none" in hits else ()
     for arm, look in itertools.product(arms, LOOKS):
         d = 100.0 * hits[arm][look] - 100.0 * hits["none"][look]
-        report["models"][arm][f"{look} - SFT"] = [float(d.mean()), float(d.std() / len(d) ** 0.5)]
-    run.write("samples/comparison.png", picture_grid(masks))
-    run.write("samples/prompts.png", picture_grid(free))
+        report["models"][arm][f"{look} - SFT"] = [d.mean(), d.std() / len(d) ** 0.5]
+    run.write("samples/comparison.png", sgt.picture_grid(masks))
+    run.write("samples/prompts.png", sgt.picture_grid(free))
     run.write("report.md", markdown(report) + "\n")
     run.write("report.html", page(run, report))
     run.write("report.json", json.dumps(report, indent=1))  # last: if cut off, again
@@ -410,21 +372,20 @@ def curve(title, lines):
     """The losses of a stage as an SVG line chart."""
     names = [name for name in lines[0] if name not in ("stage", "step", "seconds")]
     last, top = lines[-1]["step"] or 1, max(min(line[name], 8) for line in lines for name in names)
-    out = [f'<svg viewBox="0 0 400 {170 + 14 * len(names)}"><text x="30" y="12">{title}, 0 to '
-           f'{top:.2g}</text><path d="M30,20V160H390" fill="none" stroke="#999"/>']
+    svg = (f'<svg viewBox="0 0 400 {170 + 14 * len(names)}"><text x="30" y="12">{title}, 0 to '
+           f'{top:.2g}</text><path d="M30,20V160H390" fill="none" stroke="#999"/>')
     for i, (name, ink) in enumerate(zip(names, ("#c0392b", "#2471a3", "#1e8449", "#b7950b"))):
         points = " ".join(f"{30 + 360 * line['step'] / last:.0f},"
                           f"{160 - 140 * min(line[name], 8) / top:.1f}" for line in lines)
-        out.append(f'<polyline points="{points}" fill="none" stroke="{ink}"/>'
-                   f'<text x="30" y="{176 + 14 * i}" fill="{ink}">{name}</text>')
-    return "".join(out) + "</svg>"
+        svg += (f'<polyline points="{points}" fill="none" stroke="{ink}"/>'
+                f'<text x="30" y="{176 + 14 * i}" fill="{ink}">{name}</text>')
+    return svg + "</svg>"
 
 def page(run, report):
     """report.html: tables, pictures and curves in one file."""
     title = html.escape(f"{run.folder.name}, seed {report['config']['seed']}")
     out = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-           f"<h1>{title}, torch {report['torch']}</h1>"
-           f"<pre>{html.escape(markdown(report))}</pre>"]
+           f"<h1>{title}, torch {report['torch']}</h1><pre>{html.escape(markdown(report))}</pre>"]
     for name in ("comparison", "prompts"):
         data = base64.b64encode((run.folder / f"samples/{name}.png").read_bytes()).decode()
         out.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}">')
@@ -432,59 +393,87 @@ def page(run, report):
         out.append(curve(f"loss of {LABELS.get(stage, stage)}", list(part)))
     return "\n".join(out)
 
-# ==== 6. Commands
-def mean(parts):
-    """Reports of several seeds as one: means of the numbers that all hold."""
+# ==== 6. Speed
+def speed(cfg, device):
+    """Time drawing and a step of SGT as they run, and then with one means less each time."""
+    tokenizer, model = sgt.VisionTokenizer(cfg).to(device), sgt.UnifiedModel(cfg).to(device)
+    batch = tree_map_only(torch.Tensor, lambda x: x.to(device), sgt.make_batch(cfg, "instance", 0))
+    optimizer, rate = kernels.Optimizer(model, 0.0, 0.0), torch.ones((), device=device)
+    update, fast = kernels.GraphedStep(sgt.train_step), kernels.compiled(sgt.Block.forward)
+    jobs = {f"draw {n}": functools.partial(sgt.generate, model, tokenizer, ["a ring"] * n)
+            for n in (1, 64)}
+    jobs["SGT step"] = functools.partial(update, model, tokenizer, optimizer, batch, rate)
+    ways = {"CUDA graph": (fast, dict(GRAPHS=True)), "compiled": (fast, dict(GRAPHS=False)),
+            "eager": (None, dict(GRAPHS=False)),
+            "eager fp32 SDPA": (None, dict(GRAPHS=False, BF16=False, CHOSEN="sdpa"))}
+    if device.type == "cpu":
+        del ways["CUDA graph"]
+    def run(job, fast, settings):
+        with mock.patch.object(sgt.Block, "fast", fast), mock.patch.multiple(kernels, **settings):
+            job()
+    with FlopCounterMode(display=False) as counter:
+        run(jobs["SGT step"], *ways["eager"])
+    print(f"{device.type}; {counter.get_total_flops() / 1e9:.1f} GFLOP a step")
+    for title, job in jobs.items():
+        kernels.compare(title, {name: functools.partial(run, job, *way)
+                                for name, way in ways.items()}, turns=3)
+
+# ==== 7. Commands
+def merged(parts, of=fmean):
+    """Reports of several seeds as one: means, or another function, of the numbers that all hold."""
     if not isinstance(parts[0], dict):
-        return statistics.fmean(parts) if isinstance(parts[0], (int, float)) else parts[0]
-    return {key: mean([part[key] for part in parts]) for key in parts[0]
+        return of(parts) if isinstance(parts[0], (int, float)) else parts[0]
+    return {key: merged([part[key] for part in parts], of) for key in parts[0]
             if all(key in part for part in parts) and "- SFT" not in key}
+
+def spread(values):
+    return f"{mean(values):.1f} ± {stdev(values) / len(values) ** 0.5:.1f}"
 
 def study(reports):
     """Arms over seeds: means ± standard errors, and each seed's difference to SFT."""
-    same = set(sgt.NAMES) - {"seed", "proxies", *sgt.FREE}
-    configs = [vars(sgt.Config) | r["config"] for r in reports]  # a setting may be new
-    seeds, *others = zip(*([config[name] for name in ("seed", *same)] for config in configs))
-    if any(len(set(values)) > 1 for values in others) or len(set(seeds)) < len(seeds):
+    free = dict.fromkeys(["seed", "proxies", *sgt.FREE])
+    recipes = {sgt.Config(**r["config"] | free) for r in reports}  # a setting may be new
+    seeds = [r["config"]["seed"] for r in reports]
+    if len(recipes) > 1 or len(set(seeds)) < len(seeds):
         raise UserError("these runs differ in more than seeds, or share one; name others")
     columns = {"perception": ("textured", "perception"), "reasoning": ("textured", "reasoning"),
                **{look: (look, "average") for look in LOOKS},
                "position": ("generation", "position"), "generation": ("generation", "average"),
                "PQ": ("masks", "PQ, textured"), "cosine": ("inside", "cosine of looks, last block")}
-    entries = [{"question only": dict.fromkeys(LOOKS, r["question only"]), **r["models"]}
+    entries = [r["models"] | {"question only": dict.fromkeys(LOOKS, r["question only"])}
                for r in reports]
-    rows = []
-    for arm in ["question only", "base", *PROXIES]:
-        models = [entry[arm] for entry in entries if arm in entry]
-        if len(models) == len(reports):
-            row = [LABELS.get(arm, arm), PROXIES[arm].level if arm in PROXIES else ""]
-            for part, key in columns.values():
-                values = [model[part][key] for model in models if key in model.get(part, ())]
-                error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
-                row.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
-            each = [m["textured - SFT"][0] for m in models if "textured - SFT" in m]
-            rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
-    return (f"{markdown(mean(reports))}\n\nAbove: means of seeds {', '.join(map(str, seeds))}. "
+    arms, rows = merged(entries, spread), []
+    for arm in filter(arms.get, ["question only", "base", *PROXIES]):
+        row = [LABELS.get(arm, arm), PROXIES[arm].level if arm in PROXIES else ""]
+        row += [arms[arm].get(part, {}).get(key, "") for part, key in columns.values()]
+        each = [e[arm]["textured - SFT"][0] for e in entries if "textured - SFT" in e[arm]]
+        rows.append([*row, " ".join(f"{difference:+.1f}" for difference in each)])
+    return (f"{markdown(merged(reports))}\n\nAbove: means of seeds {', '.join(map(str, seeds))}. "
             "Below: ± standard error over them; perception, reasoning, PQ: textured scenes\n"
             + table(["arm", "level", *columns, "textured − SFT by seed"], rows))
 
 def command(argv):
     p = sgt.Parser(prog="eval.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("run", nargs="*", help="folders of runs, or names under runs/; default: newest")
-    p.add_argument("--again", action="store_true", help="measure again")
-    p.add_argument("--export", metavar="DIR", type=Path, help="write scenes, masks as COCO data")
+    verb = p.add_mutually_exclusive_group()
+    verb.add_argument("--again", action="store_true", help="measure again")
+    verb.add_argument("--export", metavar="DIR", type=Path, help="write scenes, masks as COCO data")
+    verb.add_argument("--speed", choices=sgt.PRESETS, help="time training and drawing of a preset")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = p.parse_args(argv)
     device = sgt.choose_device(args.device)
-    runs = [sgt.find_run(name) for name in args.run or [None]]
+    if args.speed and args.run:
+        raise UserError("--speed takes a preset, no run; leave it out")
+    if args.speed:
+        return speed(sgt.Config(**sgt.PRESETS[args.speed]), device)
+    runs = list(map(sgt.find_run, args.run or [None]))
     for run in runs:
-        missing = [stage for stage in ("tokenizer", "base", *run.config().arms)
-                   if not run.has(f"{stage}.safetensors")]
-        if missing:
+        stages = ("tokenizer", "base", *run.config().arms)
+        if missing := [stage for stage in stages if not run.has(f"{stage}.safetensors")]:
             raise UserError(f"{run.folder} lacks {', '.join(missing)}; go on with its --train")
     if args.export:
-        if len(runs) > 1 or args.export.exists() or args.again:
-            raise UserError("--export takes one run, a new folder and no --again")
+        if len(runs) > 1 or args.export.exists():
+            raise UserError("--export takes one run and a new folder")
         cfg, tokenizer, model, name = sgt.load_run(runs[0], None, device)
         scores = segmentation(cfg, model, tokenizer, args.export)
         said = ", ".join(f"{key} {value:.1f}" for key, value in scores.items())
@@ -492,9 +481,10 @@ def command(argv):
     for run in runs:
         if args.again or not run.has("report.json"):
             evaluate(run, device)
-    print(study([read_report(run) for run in runs]) if len(runs) > 1 else show(runs[0]))
+    print(study([read_report(run)[0] for run in runs]) if len(runs) > 1 else show(runs[0]))
 
-main = functools.partial(sgt.main, command=command)
+def main(argv=None):
+    return sgt.main(argv, command)
 
 if __name__ == "__main__":
     sys.exit(main())

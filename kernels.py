@@ -10,6 +10,7 @@ Letters: B batch, H heads, S query rows, L key columns, D head dimension.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -95,8 +96,7 @@ def attention_reference(q, k, v, sees):
     return weights @ v, weights
 
 class BmmAttention(torch.autograd.Function):
-    """For CPUs: the weights are kept for the backward pass. PyTorch computes them again to save
-    memory, which takes several times as long for few columns."""
+    """For CPUs: keeps the weights for the backward pass. Computing them again takes far longer."""
     @staticmethod
     def forward(ctx, q, k, v, sees):
         out, weights = attention_reference(q, k, v, sees)
@@ -410,10 +410,17 @@ def check(device):
     print("some are wrong" if bad else "all agree; no row sees what it may not")
     return int(bad)
 
-def bench(device, turns=10):
-    """One layer's attention against what people would pick instead: medians, ratios first."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def compare(title, runs, turns=10):
+    """Print how long functions run, beside the first: in turns, as a busy machine slows all."""
+    timer = lambda f: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+    times = [[timer(f).blocked_autorange().median for f in runs.values()] for _ in range(turns)]
+    middle = torch.tensor(times).quantile(0.5, 0).tolist()
+    for name, t in zip(runs, middle):
+        print(f"{title:20}{name:16}{t / middle[0]:6.2f} x{1000 * t:10.3f} ms")
+
+def bench(device):
+    """One layer's attention against what people would pick instead."""
+    from torch.nn.attention import SDPBackend, flex_attention as flex, sdpa_kernel
     gpu = device.type == "cuda"
     B, H, D, blocks = (512, 8, 64, (256, 64, 256)) if gpu else (32, 4, 32, (16, 24, 64))
     sees, S = staircase(*blocks).to(device), sum(blocks)
@@ -422,20 +429,13 @@ def bench(device, turns=10):
     sdpa = lambda *qkv, m=may_attend(sees, S): F.scaled_dot_product_attention(*qkv, m)
     attend = {"ours": compiled(lambda *qkv: attention(*qkv, sees), dynamic=False), "SDPA": sdpa}
     if gpu:  # FlexAttention has no backward on a CPU
-        mask = create_block_mask(lambda b, h, i, j: j < sees[i], None, None, S, S, device=device)
-        flex = torch.compile(flex_attention)
-        attend |= {"Flex": lambda *qkv: flex(*qkv, block_mask=mask),
+        mask = flex.create_block_mask(lambda b, h, i, j: j < sees[i], None, None, S, S, device)
+        attend |= {"Flex": functools.partial(torch.compile(flex.flex_attention), block_mask=mask),
                    "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa)}
     print(f"{device.type}, {grad.dtype}, B {B}, H {H}, S {S}, D {D}")
-    whole = lambda f: torch.autograd.grad(f(*inputs), inputs, grad)
-    for title, run in [("forward", lambda f: f(*inputs)), ("forward + backward", whole)]:
-        timers = [Timer("run(f)", globals={"run": run, "f": f}, num_threads=torch.get_num_threads())
-                  for f in attend.values()]
-        # they take turns, so that a busy machine slows all alike
-        times = [[timer.blocked_autorange().median for timer in timers] for _ in range(turns)]
-        middle = torch.tensor(times).quantile(0.5, 0).tolist()
-        for name, t in zip(attend, middle):
-            print(f"{title:20}{name:6}{t / middle[0]:6.2f} x{1000 * t:10.3f} ms")
+    both = lambda f: torch.autograd.grad(f(*inputs), inputs, grad)
+    for title, run in [("forward", lambda f: f(*inputs)), ("forward + backward", both)]:
+        compare(title, {name: functools.partial(run, f) for name, f in attend.items()})
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)

@@ -11,8 +11,6 @@ drawing teaches it to see. Other copies ("arms") draw something else, or nothing
   text --> words ----------------------------------+--> one transformer --+
   target --> tokenizer --> codes, some masked -----+                     +--> text head --> words
 
-The method stands between "┌─ SGT" and "└─".
-
 Shapes: B batch, P pixels a side of a picture (32 by default), U patches looked at (16), T words,
 N = G x G codes of a picture (64), S sequence, D width, H heads, K codebook size, C channels of a
 code, M objects.
@@ -23,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -31,15 +28,17 @@ import random
 import re
 import sqlite3
 import sys
+import textwrap
 import time
 from collections import Counter, namedtuple
+from itertools import permutations, product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -100,7 +99,7 @@ class Config:
     tokens = property(lambda self: self.grid ** 2)  # N
     see_patch = property(lambda self: 2 * self.patch)  # pixels a side of a patch
     patches = property(lambda self: self.tokens // 4)  # U
-    levels = property(lambda self: [int(level) for level in self.fsq_levels.split(",")])
+    levels = property(lambda self: list(map(int, self.fsq_levels.split(","))))
     codebook = property(lambda self: math.prod(self.levels))  # K
     draws = property(lambda self: round(self.ratio * self.arm_batch))  # proxy pictures a step
     arms = property(lambda self: list(PROXIES) if self.proxies == "all"
@@ -119,7 +118,7 @@ class Config:
              f"give a multiple of {self.see_patch}, 32 or more"),
             (not (self.width % self.head_dim or self.head_dim % 8 or self.tok_width % 32),
              "width head_dim tok_width", "must be divisible by head_dim, 8 and 32"),
-            (set(self.arms) <= set(PROXIES) and len(set(self.arms)) == len(self.arms), "proxies",
+            (Counter(self.arms) <= Counter(list(PROXIES)), "proxies",
              f"name each once, of {', '.join(PROXIES)}, or all"),
             ((self.draws > 1 or not self.ratio) and 1 not in (self.arm_scenes, self.tok_batch),
              "ratio arm_scenes tok_batch", "one picture has no other; give 2")
@@ -158,17 +157,10 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
           "yellow": (0.97, 0.87, 0.15), "purple": (0.65, 0.20, 0.85), "cyan": (0.20, 0.85, 0.90)}
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = {"small": 0.11, "big": 0.172}  # as a share of the picture's side
-MAX_OBJECTS, LATTICE = 4, 8  # M; most centres are multiples of so many pixels
+MAX_OBJECTS, LATTICE = 4, 8  # M; the lattice of most centres, in pixels
 
-class Thing(NamedTuple):
-    """One object, in words and in pixels."""
-    shape: str
-    color: str
-    size: str  # small or big
-    x: float  # centre, in pixels
-    y: float
-    radius: float  # in pixels
-    index: int  # its number in the instance map, from 1
+# One object: three words, centre and radius in pixels, its number in the instance map, from 1.
+Thing = namedtuple("Thing", "shape color size x y radius index")
 
 class Scene(NamedTuple):
     """What is in a picture. Everything random about it derives from its key."""
@@ -194,8 +186,7 @@ def sample_scene(cfg, key, use):
     rng, P, placed = random.Random(key), cfg.image_size, []
     count = 1 + int(rng.random() ** 0.7 * MAX_OBJECTS)
     shapes, colors, sizes = (rng.choices(list(names), k=count) for names in (SHAPES, COLORS, RADII))
-    # something to count: 35 % of the scenes repeat one shape, 30 % one color
-    luck = rng.random()
+    luck = rng.random()  # something to count: one shape, one color, or both
     if luck < 0.35:
         shapes = shapes[:1] * count
     if luck < 0.2 or luck > 0.9:
@@ -210,16 +201,14 @@ def sample_scene(cfg, key, use):
     for i in range(count):
         radius = RADII[sizes[i]] * P
         low = math.ceil((radius + 0.5) / LATTICE) * LATTICE
-        slots = (P - 2 * low) // LATTICE + 1
+        touches = overlaps and i == 1
         for _ in range(12):  # tries
-            x, y = (low + rng.randrange(slots) * LATTICE for _ in "xy")
-            others = placed
-            if overlaps and i == 1:  # a diagonal neighbour of the first
+            x, y = (rng.randrange(low, P - low + 1, LATTICE) for _ in "xy")
+            if touches:  # a diagonal neighbour of the first
                 x, y = (c + rng.choice([-1, 1]) * round(rng.uniform(0.3, 0.6) * 2 * radius)
                         for c in (placed[0].x, placed[0].y))
-                others = []
-            gaps = [max(abs(x - o.x), abs(y - o.y)) - radius - o.radius for o in others]
-            if min(gaps, default=1) >= 1 and low <= min(x, y) and max(x, y) <= P - low:
+            apart = all(max(abs(x - o.x), abs(y - o.y)) - radius - o.radius >= 1 for o in placed)
+            if (touches or apart) and low <= min(x, y) and max(x, y) <= P - low:
                 placed.append(Thing(shapes[i], colors[i], sizes[i], x, y, radius, 0))
                 break
     placed.sort(key=lambda o: o.y)
@@ -273,8 +262,7 @@ def render(cfg, scenes, shift=0.0):
     instance = ((cover > 0.5) * index).amax(1)
     for b, scene in enumerate(scenes):
         if scene.look != "plain":
-            ids = instance[b].expand(1, 3, P, P)
-            image[b] += waves(cfg, scene).gather(0, ids)[0]
+            image[b] += waves(cfg, scene).gather(0, instance[b].expand(1, 3, P, P))[0]
     return Rendered(image.clamp(0, 1), instance)
 
 # ==== 3. Language: words, captions, questions
@@ -299,7 +287,7 @@ def encode(text):
 
 def decode(ids):
     """The text up to the first END."""
-    words = [WORDS[i] for i in itertools.takewhile(lambda i: i != END, ids)]
+    words = [WORDS[i] for i in takewhile(lambda i: i != END, ids)]
     return re.sub(r" ([?.,])", r"\1", " ".join(words))
 
 # Wordings of users and what training asks instead.
@@ -338,17 +326,17 @@ def named(things):
     return [(o, o.shape if shape[o.shape] == 1 else noun(o)) for o in things if nouns[noun(o)] == 1]
 
 def where(o, P):
-    row = ("top", "middle", "bottom")[min(2, int(o.y * 3 / P))]
-    return row + (" left", " center", " right")[min(2, int(o.x * 3 / P))]
+    row = ("top", "middle", "bottom")[int(o.y * 3 / P)]
+    return row + (" left", " center", " right")[int(o.x * 3 / P)]
 
 def relation(a, b):
     """How a lies to b, where one direction clearly wins; None on a diagonal."""
     dx, dy = a.x - b.x, a.y - b.y
-    if max(abs(dx), abs(dy)) < 1.5 * min(abs(dx), abs(dy)) + 1e-6:
-        return None
-    if abs(dx) > abs(dy):
+    if abs(dx) >= 1.5 * abs(dy) + 1e-6:
         return "left of" if dx < 0 else "right of"
-    return "above" if dy < 0 else "below"
+    if abs(dy) >= 1.5 * abs(dx) + 1e-6:
+        return "above" if dy < 0 else "below"
+    return None
 
 def overlap(a, b):
     return max(abs(a.x - b.x), abs(a.y - b.y)) < 0.8 * (a.radius + b.radius)
@@ -374,9 +362,9 @@ def captions(things, rng, P):
         found["two"] = f"a {a.shape} and a {b.shape}"
         found["attribution"] = f"a {noun(a)} and a {noun(b)}"
         a, b = rng.sample(things, 2)
-        if relation(a, b):
-            found["position"] = f"a {a.shape} {relation(a, b)} a {b.shape}"
-            found["colored position"] = f"a {noun(a)} {relation(a, b)} a {noun(b)}"
+        if way := relation(a, b):
+            found["position"] = f"a {a.shape} {way} a {b.shape}"
+            found["colored position"] = f"a {noun(a)} {way} a {noun(b)}"
     return found
 
 def caption(cfg, scene):
@@ -384,14 +372,14 @@ def caption(cfg, scene):
     return rng.choice(list(captions(scene.things, rng, cfg.image_size).values()))
 
 def describe(things, rng, P):
-    """All there is to say about a scene, in random order: the densest lesson."""
+    """All there is to say about a scene, in any order: the densest lesson."""
     parts = []
     for o in rng.sample(things, len(things)):
         facts = [where(o, P), o.size]
         facts += ["front" if o.index > p.index else "hidden"
                   for p in things if p is not o and overlap(o, p)]
-        name = " ".join(rng.sample([o.color, o.shape], 2))
-        parts.append(" ".join([name, *rng.sample(facts, len(facts))]))
+        words = rng.sample([o.color, o.shape], 2) + rng.sample(facts, len(facts))
+        parts.append(" ".join(words))
     return ", ".join(parts) + "."
 
 # Kinds of questions: (things, rng, P) -> every (question, answer) possible.
@@ -409,24 +397,19 @@ def groups(things, rng):
             found[plural(shape)] = sum(o.shape == shape for o in things)
     return list(found.items())
 
-def pairs(things):
-    """Two things that can be told apart, with names: (a, "ring"), (b, "red bar")."""
-    return itertools.permutations(named(things), 2)
-
 def existence(things, rng, P):
     present = {noun(o) for o in things}
     # hard negatives: a color and a shape that are there, but not together
     absent = {f"{o.color} {p.shape}" for o in things for p in things} - present
     if not absent or rng.random() < 0.3:
         o = rng.choice(things)
-        absent = {f"{o.color} {shape}" for shape in SHAPES}
-        absent |= {f"{color} {o.shape}" for color in COLORS}
+        absent = {f"{o.color} {s}" for s in SHAPES} | {f"{c} {o.shape}" for c in COLORS}
     return [(f"is there a {name}?", "yes" if name in present else "no")
             for name in sorted(absent | present)]
 
 def arithmetic(things, rng, P):
     few = groups(things, rng)
-    both = itertools.product(few, few + [("one", 1), ("two", 2), ("three", 3)])
+    both = product(few, few + [("one", 1), ("two", 2), ("three", 3)])
     return [(f"how many {a} plus {b}?", NUMBERS[n + m]) for (a, n), (b, m) in both if a != b]
 
 QUESTIONS = {
@@ -435,25 +418,24 @@ QUESTIONS = {
         (f"how many {name}?", NUMBERS[n])
         for name, n in [("objects", len(things)), *groups(things, rng)]],
     "color": lambda things, rng, P: [
-        (f"what color is the {name}?", o.color)
-        for o, name in named(things) if name == o.shape],
+        (f"what color is the {name}?", o.color) for o, name in named(things) if name == o.shape],
     "shape": lambda things, rng, P: [
         (f"what shape is the {o.color} object?", o.shape)
         for o in things if [p.color for p in things].count(o.color) == 1],
     "relation": lambda things, rng, P: [
         (f"where is the {x} from the {y}?", relation(a, b).split()[0])
-        for (a, x), (b, y) in pairs(things) if relation(a, b)],
+        for (a, x), (b, y) in permutations(named(things), 2) if relation(a, b)],
     "location": lambda things, rng, P: [
         (f"where is the {name}?", where(o, P)) for o, name in named(things)],
     "size": lambda things, rng, P: [
         (f"is the {x} bigger or smaller than the {y}?", "bigger" if a.size == "big" else "smaller")
-        for (a, x), (b, y) in pairs(things) if a.size != b.size],
+        for (a, x), (b, y) in permutations(named(things), 2) if a.size != b.size],
     "occlusion": lambda things, rng, P: [
         (f"is the {x} in front of the {y}?", "yes" if a.index > b.index else "no")
-        for (a, x), (b, y) in pairs(things) if overlap(a, b)],
+        for (a, x), (b, y) in permutations(named(things), 2) if overlap(a, b)],
     "compare": lambda things, rng, P: [
         (f"are there more {a} than {b}?", "yes" if n > m else "no")
-        for (a, n), (b, m) in itertools.permutations(groups(things, rng), 2)],
+        for (a, n), (b, m) in permutations(groups(things, rng), 2)],
     "arithmetic": arithmetic,
 }
 
@@ -467,19 +449,17 @@ def ask(kind, things, rng, P):
 
 def dialogue(cfg, scene):
     """Questions and answers, then a description: ids, targets (ids in answers, -100 elsewhere)."""
-    rng, P, ids, answers = scene.rng("dialogue"), cfg.image_size, [], []
-    def tokens(question, answer):
-        q, a = encode(question), encode(answer) + [END]
-        return q + a, [-100] * len(q) + a
-    last, told = tokens("list the objects.", describe(scene.things, rng, P))
+    rng, P, said = scene.rng("dialogue"), cfg.image_size, []
+    def tokens(question, answer):  # each with its target
+        return [(i, -100) for i in encode(question)] + [(i, i) for i in [*encode(answer), END]]
+    last = tokens("list the objects.", describe(scene.things, rng, P))
     for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)):
-        free = TEXT_LEN - len(ids + last)
+        free = TEXT_LEN - len(said + last)
         turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # the shortest turn
-        new, said = tokens(*turn) if turn else ([], [])
+        new = tokens(*turn) if turn else []
         if len(new) <= free:
-            ids += new
-            answers += said
-    return ids + last, answers + told
+            said += new
+    return [list(part) for part in zip(*said + last)]
 
 # ==== 4. Proxies: what the model draws of a picture that it looks at
 # Targets: (cfg, scenes, Rendered) -> image. Color 0 is the background.
@@ -580,7 +560,7 @@ PROXIES = {
     "depth": Proxy("mid", "estimate the depth map now.", depth),
     "novel_view": Proxy("mid", "shift the camera right now.", lambda cfg, scenes, r: render(
         cfg, scenes, shift=cfg.image_size / 6).image),
-    # `spoil` breaks what is looked at, so that it can be restored
+    # `spoil` breaks what is looked at, to be restored
     "inpainting": Proxy("mid", "fill in the missing part.", original, hole),
     "edges": Proxy("low", "detect the edges of everything.", edges),
     "reconstruction": Proxy("low", "copy the picture as is.", original),
@@ -656,14 +636,13 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, sees, cache=None, at=0):
         """x (B, S, D) -> (B, S, D). Row i attends to columns [0, sees[i]). With a KV cache the S
         rows stand in columns [at, at + S), behind those that it holds."""
-        B, S, D = x.shape
-        qkv = linear(norm(x), self.qkv.flatten(0, 1)).view(B, S, 3, self.heads, D // self.heads)
+        qkv = linear(norm(x), self.qkv.flatten(0, 1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, S, D/H) each
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.put(k, v, at)  # (B, H, L, D/H)
         y = F.scaled_dot_product_attention(q, k, v) if sees is None else attention(q, k, v, sees)
-        x = x + linear(y.transpose(1, 2).reshape(B, S, D), self.out)
+        x = x + linear(y.transpose(1, 2).flatten(2), self.out)
         return x + linear(F.relu(linear(norm(x), self.up)).square(), self.down)
 
 def run_blocks(blocks, x, positions, sees=None, caches=None, at=0):
@@ -780,7 +759,7 @@ class UnifiedModel(nn.Module):
         self.text_position = table(TEXT_LEN, D, scale=0.5)
         self.code_position = table(cfg.tokens, D, scale=0.5)
         self.text_head, self.image_head = table(V, D, scale=0.0), table(K, D, scale=0.0)
-        # rotary positions: a patch lies amid the 2 x 2 codes that it covers
+        # rotary positions: a patch lies amid the 2 x 2 codes it covers
         self.patch_places = constant(grid_positions(cfg.grid // 2) * 2 + 0.5)  # (U, 2)
         self.code_places = constant(grid_positions(cfg.grid))  # (N, 2)
 
@@ -839,11 +818,9 @@ def image_loss(model, tokenizer, image, text, target, is_masked):
     _, h = model(image, text, torch.where(is_masked, model.cfg.codebook, codes))
     return (token_loss(h, model.image_head, codes) * is_masked).sum() / is_masked.sum()
 
-class Batch(NamedTuple):
-    """What one training step is made of; the base and SFT have no proxy."""
-    questions: tuple  # image (B, 3, P, P), text (B, T), answer (B, T)
-    captions: tuple  # None, text (B, T), target (B, 3, P, P), is_masked (B, N)
-    proxy: tuple | None = None  # image, text, target, is_masked
+# A training step: questions are image (B, 3, P, P), text (B, T), answer (B, T); captions and proxy
+# (none in the base and SFT) are image or None, text, target (B, 3, P, P), is_masked (B, N).
+Batch = namedtuple("Batch", "questions captions proxy", defaults=[None])
 
 def losses(model, tokenizer, batch):
     """Each the mean over its own tokens; weighted 1.5, 1 and 1 as in the paper."""
@@ -866,7 +843,7 @@ def make_arm(cfg, base):
     return arm
 # └─
 
-# Batches are functions of (stage, step) alone: a resumed run sees what it would have seen.
+# Batches depend on (stage, step) alone: a resumed run sees what it would have seen.
 
 def question_batch(cfg, split, numbers):
     """Dialogues about plain scenes, or half of them about a few textured: image, text, answer."""
@@ -925,7 +902,7 @@ def prefill(model, image, text, room):
 
 @torch.no_grad()
 def refine(model, tokenizer, image, text, noise, guidance, temperature):
-    """Pictures (B, 3, P, P) of B texts; if guided, B empty ones follow them. All randomness is in
+    """Pictures (B, 3, P, P) of B texts; if guided, B empty ones follow. All randomness is in
     noise (steps, 2, B, N): uniform for the codes, Gumbel for their order."""
     (steps, _, B, N), MASK = noise.shape, model.cfg.codebook
     h, caches = prefill(model, image, text, N)
@@ -940,16 +917,15 @@ def refine(model, tokenizer, image, text, noise, guidance, temperature):
         logits = linear(h, model.image_head).float()  # (B, N, K)
         p = (logits / 0.8 if temperature else logits).softmax(-1)
         choice = p.argmax(-1)
-        if temperature:  # where the cumulated probability passes the uniform number
+        if temperature:  # where cumulated probability passes the uniform number
             choice = (p.cumsum(-1) < noise[step, 0, ..., None]).sum(-1).clamp(max=MASK - 1)
-        done = (step + 1) / steps
-        confidence = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()
-        confidence = confidence + temperature * (1 - done) * noise[step, 1]
-        is_masked = codes == MASK  # (B, N)
-        confidence = confidence.masked_fill(~is_masked, math.inf)  # kept stays kept
+        is_masked, done = codes == MASK, (step + 1) / steps
+        sure = p.gather(-1, choice[..., None])[..., 0].clamp(min=1e-30).log()  # (B, N)
+        sure = sure + temperature * (1 - done) * noise[step, 1]
+        sure = sure.masked_fill(~is_masked, math.inf)  # kept stays kept
         codes = torch.where(is_masked, choice, codes)
         still = int(N * math.cos(math.pi / 2 * done))  # so many stay masked
-        codes = codes.scatter(1, confidence.topk(still, largest=False).indices, MASK)
+        codes = codes.scatter(1, sure.topk(still, largest=False).indices, MASK)
     return tokenizer.decode(codes)
 
 def generate(model, tokenizer, texts, image=None, seed=0):
@@ -964,7 +940,7 @@ def generate(model, tokenizer, texts, image=None, seed=0):
     gumbel = -torch.empty(shape).exponential_(generator=g).log()
     noise = torch.stack([torch.rand(shape, generator=g), gumbel], 1).to(device)
     text = pad([checked(text.lower(), length) for text in texts], length)
-    if guidance != 1:  # the texts and as many empty ones, in one batch
+    if guidance != 1:  # and as many empty ones, in one batch
         text = torch.cat([text, torch.full_like(text, PAD)])
     # on a GPU one CUDA graph, which lives as long as the model
     draw = vars(model).setdefault("graph", GraphedStep(refine))
@@ -1005,7 +981,7 @@ def read(path, reader, advice="delete it and --train"):
 CODE = Path(__file__).read_bytes()
 
 class Run:
-    """A folder: config.json, log.jsonl, *.safetensors, samples/, report.*, sgt.py as it began."""
+    """A folder: config.json, log.jsonl, *.safetensors, samples/, report.*, sgt.py at first."""
     def __init__(self, folder):
         self.folder = Path(folder)
 
@@ -1054,9 +1030,8 @@ class Run:
 
     def log(self):
         """The whole lines of log.jsonl; a crash may have left a part of one."""
-        def reader(path):
-            lines = path.read_text().splitlines()
-            return [json.loads(line) for line in lines if line.endswith("}")]
+        reader = lambda path: [json.loads(line) for line in path.read_text().splitlines()
+                               if line.endswith("}")]
         return read(self.folder / "log.jsonl", reader) if self.has("log.jsonl") else []
 
 def train_step(module, tokenizer, optimizer, batch, scale):
@@ -1117,7 +1092,7 @@ def choose_device(name):
     return torch.device(name)
 
 def train(cfg, folder, base=None):
-    """Every missing stage, then the report; `base`: a run whose base to copy."""
+    """Every missing stage, then the report; `base`: a run to copy from."""
     from eval import evaluate, show
     cfg.validate()
     run, device = Run(folder), choose_device(cfg.device)
@@ -1137,13 +1112,13 @@ def train(cfg, folder, base=None):
         for name, data in copied.items():
             if not run.has(name):
                 run.write(name, data)
-        size, stages = sum(p.numel() for p in model.parameters()), ("base", *cfg.arms)
+        size = sum(p.numel() for p in model.parameters())
         print(f"{run.folder}: {size / 1e6:.1f}M weights, {device} {compute_dtype(device)};",
-              "tokenizer", *stages)
+              "tokenizer base", *cfg.arms)
         if not run.has("tokenizer.safetensors"):
             train_stage(run, cfg, "tokenizer", tokenizer, tokenizer)
-        tokenizer = run.load("tokenizer", VisionTokenizer(cfg).to(device))
-        for stage in stages:
+        run.load("tokenizer", tokenizer)
+        for stage in ("base", *cfg.arms):
             if stage in PROXIES:
                 model = make_arm(cfg, run.load("base", UnifiedModel(cfg).to(device)))
             if not run.has(f"{stage}.safetensors"):
@@ -1180,7 +1155,7 @@ def read_image(path, size):
     def reader(path):
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-            if picture.mode[0] in "IF":  # 16 bits and more: the range that is used
+            if picture.mode[0] in "IF":  # 16 bits and more: the used range
                 values = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
                 low, span = values.min(), np.ptp(values) or 1
                 picture = Image.fromarray(np.uint8((values - low) / span * 255))
@@ -1196,6 +1171,22 @@ def to_pil(image):
 def png(picture):
     picture.save(out := io.BytesIO(), "PNG")
     return out.getvalue()
+
+def picture_grid(rows):
+    """PNG of rows: (label, pictures (n, 3, P, P), texts below them or None)."""
+    strips = []
+    for name, images, texts in rows:
+        strip = Image.new("RGB", (150 + 100 * len(images), 126 if texts else 100), "white")
+        pen = ImageDraw.Draw(strip)
+        pen.text((4, 42), name, fill="black")
+        for i, image in enumerate(images):
+            x = 150 + 100 * i
+            strip.paste(to_pil(image).resize((96, 96), Image.NEAREST), (x, 0))
+            if texts:
+                lines = textwrap.fill(texts[i], 17, max_lines=2, placeholder=" ...")
+                pen.text((x, 96), lines, fill="black", spacing=1, font_size=10)
+        strips.append(np.asarray(strip))
+    return png(Image.fromarray(np.concatenate(strips)))
 
 def save_png(image, path, source=""):
     """Write (3, h, w), enlarged."""
@@ -1218,7 +1209,7 @@ def use(args, given):
         save_png(generate(model, tokenizer, [args.generate.strip(" .?!")], seed=seed)[0], out)
         return print(f"wrote {out} {who}")
     image = read_image(args.segment or args.ask[0], cfg.image_size).to(device)
-    if args.segment:  # what this model was trained to draw
+    if args.segment:  # what this model learned to draw
         proxy = PROXIES[name if name in PROXIES and PROXIES[name].target else "instance"]
         prompt = proxy.prompt.format(name="red circle")
         drawn = generate(model, tokenizer, [prompt], image)
@@ -1267,7 +1258,7 @@ def command(argv):
         return use(args, given)
     preset, base = args.preset or "tiny", None
     start = PRESETS[preset]
-    if args.base:  # its settings, but for those of the arms
+    if args.base:  # its settings, but for the arms'
         base, fixed = find_run(args.base), set(given) - set(ONLY_ARMS)
         if fixed or args.preset:
             raise UserError(f"--base has its own {', '.join(fixed) or 'preset'}; leave that out")

@@ -516,7 +516,7 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(evals, "show", lambda run: "no report")
 
 def test_training_leaves_every_file_and_again_changes_nothing(trained):
-    """A missing file; a run that trains again; a report that ASCII breaks."""
+    """A missing file; a run that trains again; a report broken by ASCII."""
     stages, run = "tokenizer base none reconstruction instance".split(), trained / "runs/smoke"
     before = contents(run)
     assert not subprocess.getoutput(f"cd '{trained}'; '{sys.executable}' '{HERE}/eval.py' | true")
