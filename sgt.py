@@ -11,6 +11,8 @@ drawing teaches it to see. Other copies ("arms") draw something else, or nothing
   text --> words ----------------------------------+--> one transformer --+
   target --> tokenizer --> codes, some masked -----+                     +--> text head --> words
 
+The method stands between "┌─ SGT" and "└─".
+
 Shapes: B batch, P pixels a side of a picture (32 by default), U patches looked at (16), T words,
 N = G x G codes of a picture (64), S sequence, D width, H heads, K codebook size, C channels of a
 code, M objects.
@@ -129,8 +131,8 @@ class Config:
 
 NAMES = list(Config.__annotations__)
 ONLY_ARMS, FREE = NAMES[NAMES.index("arm_steps"):], NAMES[NAMES.index("save_every"):]
-MAY_BE_ZERO = ("seed", "encoder_depth", "ratio", "textured_questions", "arm_scenes",
-               "proxy_weight", "guidance", "temperature", "compile", "threads")
+MAY_BE_ZERO = """seed encoder_depth ratio textured_questions arm_scenes proxy_weight guidance
+temperature compile threads""".split()
 PRESETS = {
     "smoke": dict(tok_width=64, tok_depth=1, tok_steps=30, tok_batch=16, width=64, encoder_depth=1,
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
@@ -158,6 +160,7 @@ COLORS = {"red": (0.90, 0.16, 0.18), "green": (0.15, 0.70, 0.25), "blue": (0.18,
 BACKGROUNDS = [(0.08, 0.08, 0.10), (0.22, 0.24, 0.30), (0.38, 0.33, 0.30), (0.45, 0.48, 0.50)]
 RADII = {"small": 0.11, "big": 0.172}  # as a share of the picture's side
 MAX_OBJECTS, LATTICE = 4, 8  # M; the lattice of most centres, in pixels
+INDICES = torch.arange(1, 1 + MAX_OBJECTS)[:, None, None]  # (M, 1, 1)
 
 # One object: three words, centre and radius in pixels, its number in the instance map, from 1.
 Thing = namedtuple("Thing", "shape color size x y radius index")
@@ -255,11 +258,10 @@ def render(cfg, scenes, shift=0.0):
         here = pad([[o.shape == shape for o in s.things] for s in scenes], MAX_OBJECTS, False)
         dx, dy = (pixel - x[here]) / radius[here], (pixel[:, None] - y[here]) / radius[here]
         cover[here] = (0.5 - distance(dx, dy) * radius[here]).clamp(0, 1)  # (n, P, P)
-    ground = torch.tensor(BACKGROUNDS)[[scene.background for scene in scenes]]  # (B, 3)
-    image, index = ground[..., None, None], torch.arange(1, 1 + MAX_OBJECTS)[:, None, None]
+    image = torch.tensor(BACKGROUNDS)[[s.background for s in scenes], :, None, None]
     for m in range(MAX_OBJECTS):
         image = torch.lerp(image, numbers[:, m, 3:, None, None], cover[:, m, None])
-    instance = ((cover > 0.5) * index).amax(1)
+    instance = ((cover > 0.5) * INDICES).amax(1)
     for b, scene in enumerate(scenes):
         if scene.look != "plain":
             image[b] += waves(cfg, scene).gather(0, instance[b].expand(1, 3, P, P))[0]
@@ -349,11 +351,11 @@ def captions(things, rng, P):
     """Every caption that fits: GenEval's six kinds (arXiv 2310.11513), two also with colors, and
     places. Things are in reading order, but for positions: the first is the upper left one."""
     things = reading_order(things, P)
-    n, shapes = len(things), {o.shape for o in things}
+    n = len(things)
     found = {"places": ", ".join(f"{noun(o)} {where(o, P)}" for o in things)}
     if n == 1:
         found |= {"single": f"a {things[0].shape}", "colors": f"a {noun(things[0])}"}
-    elif len(shapes) == 1:
+    elif len({o.shape for o in things}) == 1:
         found["counting"] = f"{NUMBERS[n]} {plural(things[0].shape)}"
         if len({o.color for o in things}) == 1:
             found["colored counting"] = f"{NUMBERS[n]} {plural(noun(things[0]))}"
@@ -519,11 +521,10 @@ def depth(cfg, scenes, r):
 
 def boxes(cfg, scenes, r):
     """The outline, one pixel wide, of each object's box, in the colors of `instance`."""
-    index = torch.arange(1, 1 + MAX_OBJECTS)[:, None, None]
-    mask = r.instance[:, None] == index  # (B, M, P, P)
+    mask = r.instance[:, None] == INDICES  # (B, M, P, P)
     box = (mask.any(2, keepdim=True) & mask.any(3, keepdim=True)).float()
     inside = -F.max_pool2d(-box, 3, 1, 1)  # the box without its outline
-    return instance(cfg, scenes, r._replace(instance=((box > inside) * index).amax(1)))
+    return instance(cfg, scenes, r._replace(instance=((box > inside) * INDICES).amax(1)))
 
 def edges(cfg, scenes, r):
     dy, dx = torch.gradient(r.image.mean(1, keepdim=True), dim=(2, 3))
@@ -1114,7 +1115,7 @@ def train(cfg, folder, base=None):
                 run.write(name, data)
         size = sum(p.numel() for p in model.parameters())
         print(f"{run.folder}: {size / 1e6:.1f}M weights, {device} {compute_dtype(device)};",
-              "tokenizer base", *cfg.arms)
+              "tokenizer base", *cfg.arms, "(preset tiny on two cores: 15 minutes)")
         if not run.has("tokenizer.safetensors"):
             train_stage(run, cfg, "tokenizer", tokenizer, tokenizer)
         run.load("tokenizer", tokenizer)
