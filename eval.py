@@ -272,9 +272,9 @@ def inside(cfg, model, n=600):
     with mock.patch("sgt.attention", wraps=sgt.attention) as spy:
         model(looks[1].image[row].to(device), text.to(device), None)
     for block, ((q, k, v, sees), _) in enumerate(spy.call_args_list, 1):
-        inputs = q[:, :, -1:], k[:, :, :U], v[:, :, :U], sees[:1]
-        weight = attention_reference(*inputs)[1].float()  # (B, H, 1, U)
-        share = (weight * there[:, None, None]).sum(-1).mean() / there.mean()
+        weight = attention_reference(q[:, :, -1:], k, v, sees[-1:])[1][:, :, 0, :U]
+        weight = weight.float().sum(1)  # (B, U), of all heads
+        share = (weight * there).sum() / weight.sum() / there.mean()
         found[f"attention to the object, block {block}"] = 100 * float(share)
     return found
 
