@@ -458,7 +458,8 @@ def command(argv):
     verb = p.add_mutually_exclusive_group()
     verb.add_argument("--again", action="store_true", help="measure again")
     verb.add_argument("--export", metavar="DIR", type=Path, help="write scenes, masks as COCO data")
-    verb.add_argument("--speed", choices=sgt.PRESETS, help="time training and drawing of a preset")
+    verb.add_argument("--speed", choices=sgt.PRESETS, nargs="?", const="tiny",
+                      help="time training and drawing of a preset")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = p.parse_args(argv)
     device = sgt.choose_device(args.device)
