@@ -59,7 +59,7 @@ def best_fit(color, cover, visible, x, y):
     tried = list(itertools.product(RADII, (-0.5, 0, 0.5), (-0.5, 0, 0.5)))
     numbers = torch.tensor([(RADII[size] * P, dx, dy) for size, dx, dy in tried])
     radius, dx, dy = numbers.T[..., None, None]  # (n, 1, 1) each
-    best, found = 0.7, None  # a soft IoU
+    best, found = 0.7, None  # a soft IoU that is not above 0.7 is no Thing
     for shape, distance in sgt.SHAPES.items():
         # the box of a triangle is not centred on the point that it is drawn around
         middle = y + dy + 0.125 * radius * (shape == "triangle")
