@@ -402,12 +402,11 @@ def groups(things, rng):
 def existence(things, rng, P):
     present = {noun(o) for o in things}
     # hard negatives: a color and a shape that are there, but not together
-    absent = {f"{o.color} {p.shape}" for o in things for p in things} - present
-    if not absent or rng.random() < 0.3:
+    names = {f"{o.color} {p.shape}" for o in things for p in things}
+    if names == present or rng.random() < 0.3:
         o = rng.choice(things)
-        absent = {f"{o.color} {s}" for s in SHAPES} | {f"{c} {o.shape}" for c in COLORS}
-    return [(f"is there a {name}?", "yes" if name in present else "no")
-            for name in sorted(absent | present)]
+        names = present | {f"{o.color} {s}" for s in SHAPES} | {f"{c} {o.shape}" for c in COLORS}
+    return [(f"is there a {name}?", "yes" if name in present else "no") for name in sorted(names)]
 
 def arithmetic(things, rng, P):
     few = groups(things, rng)
@@ -456,10 +455,11 @@ def dialogue(cfg, scene):
         return [(i, -100) for i in encode(question)] + [(i, i) for i in [*encode(answer), END]]
     last = tokens("list the objects.", describe(scene.things, rng, P))
     for kind in rng.sample(2 * list(QUESTIONS), 2 * len(QUESTIONS)):
-        free = TEXT_LEN - len(said + last)
-        turn = ask(kind, scene.things, rng, P) if free >= 6 else None  # the shortest turn
+        if len(said + last) + 6 > TEXT_LEN:
+            break  # no turn is shorter
+        turn = ask(kind, scene.things, rng, P)
         new = tokens(*turn) if turn else []
-        if len(new) <= free:
+        if len(said + new + last) <= TEXT_LEN:
             said += new
     return [list(part) for part in zip(*said + last)]
 
@@ -971,7 +971,7 @@ def answer(model, image, questions, limit=24):
     return [decode(row) for row in words[:, 1:].tolist()]
 
 # ==== 9. Training: one loop, the run folder
-def read(path, reader, advice="delete it and --train"):
+def read(path, reader, advice="undo edits, or delete it and --train"):
     """What a reader makes of a whole file."""
     try:
         return reader(path)
@@ -1004,7 +1004,7 @@ class Run:
 
     def config(self):
         reader = lambda path: Config(**json.loads(path.read_text("utf-8")))
-        cfg = read(self.folder / "config.json", reader, "name another with --run")
+        cfg = read(self.folder / "config.json", reader, "name another run")
         cfg.validate()
         return cfg
 
@@ -1283,7 +1283,7 @@ def main(argv=None, command=command):
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; --train goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
