@@ -92,7 +92,7 @@ def judge(image):
             cover = (((picture - ground) * ray).sum(0) / ray.square().sum()).clamp(0, 1)
             others = (hue >= first) & (hue != color)
             near, hidden = F.max_pool2d(torch.stack([mask, others]).float(), 3, 1, 1)
-            cover = torch.maximum(cover * near, mask * 0.7)
+            cover = torch.maximum(cover * near, mask * 0.7)  # mostly covered
             y, x = (float(line.min() + line.max() + 1) / 2 for line in mask.nonzero().T)
             if thing := best_fit(COLORS[color - first], cover, 1 - hidden * ~mask, x, y):
                 things.append(thing)
@@ -291,7 +291,7 @@ def table(head, rows):
 def markdown(report):
     """The tables of a report, and the sentences that the run is for."""
     models, n, out = report["models"], report["config"]["eval_questions"], []
-    asked = f"{n:g} questions, % right, averages to ± {50 / math.sqrt(n):.1f} (standard error)"
+    asked = f"{n:g} questions, % right, average ± {50 / math.sqrt(n):.1f} (standard error)"
     for part, beside, title in [
         *((look, "question only", f"Understanding of {look} scenes: {asked}") for look in LOOKS),
         ("generation", "ceiling", "Generation: % of pictures that show what was asked (ceiling: "

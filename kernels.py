@@ -164,7 +164,7 @@ def forward_kernel(Q, K, V, O, LSE, SEES, sees_stride, S, L, H, log2_scale,
 def backward_kernel(X1, X2, Y1, Y2, GX1, GX2, LSE, DELTA, SEES, sees_stride, S, L, H, log2_scale,
                     D: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
                     ROWS: tl.constexpr, MANY: tl.constexpr):
-    """With ROWS: X = q and g, the gradient of the output; Y = k and v; GX1 = dq, GX2 = the output.
+    """With ROWS: X = q and g, the gradient of the output; Y = k and v; GX1 = dq; GX2 is read.
     Else: X = k and v; Y = q and g; GX1 = dk, GX2 = dv. Both compute p: one kernel would have to
     add up dq by atomics, in no fixed order."""
     head = tl.program_id(0).to(tl.int64)
@@ -255,7 +255,7 @@ def errors(name, sees, D, device, dtype):
     sees, S, L = sees.to(device), sees.shape[-1], int(sees.max()) + 3
     generator = torch.Generator().manual_seed(L)
     numbers = torch.randn(4, 2, 2, max(S, L), D, generator=generator).to(device, dtype)
-    q, grad, k, v = *numbers[:2, ..., :S, :], *numbers[2:, ..., :L, :]
+    (q, grad), (k, v) = numbers[:2, ..., :S, :], numbers[2:, ..., :L, :]
     def run(name, *qkv):
         inputs = [x.detach().requires_grad_() for x in qkv]
         out = BACKENDS[name](*inputs, sees)
