@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.benchmark import Timer
 try:
     import triton
     import triton.language as tl
@@ -412,6 +411,7 @@ def check(device):
 
 def compare(title, runs, turns=10):
     """Print how long functions run, beside the first: in turns, as a busy machine slows all."""
+    from torch.utils.benchmark import Timer  # half a second, and noise
     timer = lambda f: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
     times = [[timer(f).blocked_autorange().median for f in runs.values()] for _ in range(turns)]
     middle = torch.tensor(times).quantile(0.5, 0).tolist()
