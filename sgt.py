@@ -1097,7 +1097,7 @@ def train(cfg, folder, base=None):
     from eval import evaluate, show
     cfg.validate()
     run, device = Run(folder), choose_device(cfg.device)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    torch.set_num_threads(min(cfg.threads, os.cpu_count()) or torch.get_num_threads())
     copied = {name: (base.folder / name).read_bytes()
               for name in ("tokenizer.safetensors", "base.safetensors") if base}
     torch.manual_seed(cfg.seed)  # no folder yet: these may not fit
