@@ -370,7 +370,7 @@ def test_the_loss_of_a_proxy_is_on_hidden_codes_of_its_target(exact, monkeypatch
     monkeypatch.setattr(model, "see", lambda image: features)
     for x in (image, torch.zeros_like(image)):
         sgt.image_loss(model, tokenizer, x, text, target, is_masked)
-    assert all(equal(other, h) for other, _ in spied[-2:])
+    assert all(equal(again, h) for again, _ in spied[-2:])
 
 def test_padding_is_never_a_target_and_never_seen(exact):
     """A model that learns to say nothing."""
