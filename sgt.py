@@ -138,10 +138,10 @@ PRESETS = {
                   depth=1, base_steps=20, arm_steps=6, vqa_batch=4, t2i_batch=4, arm_batch=2,
                   sample_steps=4, eval_questions=60, eval_prompts=12, eval_masks=8, save_every=10,
                   compile=False),
-    "tiny": {},  # the default; the next is for GPUs
+    "tiny": {},  # the default; base is for GPUs
     "base": dict(image_size=64, tok_width=256, tok_depth=4, tok_steps=1400, tok_batch=128,
                  width=512, encoder_depth=6, depth=8, head_dim=64, base_steps=2800, vqa_batch=64,
-                 t2i_batch=64, arm_batch=24, adam_lr=0.004),
+                 t2i_batch=64, arm_batch=24, adam_lr=0.004, save_every=500),
 }
 
 # ==== 2. Scenes: the data, rendered
