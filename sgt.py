@@ -1115,7 +1115,7 @@ def train(cfg, folder, base=None):
                 run.write(name, data)
         size = sum(p.numel() for p in model.parameters())
         print(f"{run.folder}: {size / 1e6:.1f}M weights, {device} {compute_dtype(device)};",
-              "tokenizer base", *cfg.arms, "(preset tiny on two cores: 15 minutes)")
+              "tokenizer base", *cfg.arms, "(tiny on two cores: 15 minutes; fp32: 52)")
         if not run.has("tokenizer.safetensors"):
             train_stage(run, cfg, "tokenizer", tokenizer, tokenizer)
         run.load("tokenizer", tokenizer)

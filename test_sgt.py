@@ -37,6 +37,7 @@ CFG = Config(**PRESETS["smoke"] | dict(seed=3, encoder_depth=2, depth=2, texture
 batch_of = functools.partial(sgt.make_batch, CFG)  # an arm, a step
 CODES = sgt.argparse.Namespace(decode=lambda x: x)  # a tokenizer that shows the codes
 DRAWN = [name for name, proxy in PROXIES.items() if proxy.target]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 torch.set_num_threads(1)  # sums in another order are other bits
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else off in the background
 
@@ -106,7 +107,7 @@ def test_a_scene_and_its_picture_depend_on_its_key_alone():
         assert sum(a.things == b.things for a, b in zip(many, other)) < 4
 
 @parametrize("preset", ["tiny", "base"])
-def test_objects_stay_inside_and_apart_but_for_one_pair(preset):
+def test_objects_stay_inside_and_apart(preset):
     """Shapes that the border cuts off; objects that merge; no occlusion."""
     cfg, seen = Config(**PRESETS[preset]), Counter()
     for use, most in (("masks", 1), ("captions", 0)):
@@ -169,7 +170,7 @@ def test_every_sentence_is_made_of_known_words_and_fits():
         assert all(sgt.normalize(question) == question for question in asked)
         assert max(len(encode(text)) for text in captions) <= sgt.PROMPT_LEN
 
-def test_questions_have_the_answers_that_a_person_gives():
+def test_questions_have_the_answers_of_a_person():
     """Left for right, a wrong count, an ambiguous name, the hidden object in front."""
     asked = everything_asked([thing("red", "circle", 8, 8, "small"), thing("red", "ring", 24, 8),
                               thing("blue", "bar", 24, 24)])
@@ -210,7 +211,7 @@ def test_a_dialogue_fits_and_supervises_answers():
         assert len(turns) >= 6 and turns[-2] == "list the objects."
         assert turns[-1].count(",") + 1 == len(scene.things)
 
-def test_no_answer_is_common_because_of_the_scenes():
+def test_no_answer_is_common_in_all_scenes():
     """A model that says yes to everything and is right."""
     scenes = sample(CFG, "train", range(1200), "questions")
     for kind, most in {"existence": 0.6, "occlusion": 0.6, "compare": 0.6, "relation": 0.5,
@@ -400,7 +401,7 @@ def test_the_hidden_share_follows_the_cosine():
     share, places = is_masked.mean(1).sort().values, (is_masked.mean(0) - 2 / math.pi).abs()
     assert (share - torch.linspace(math.pi / 2, 0, 4000).cos()).abs().max() < 0.06
     assert share[0] > 0 and places.max() < 0.05
-    empty = ~sgt.caption_batch(CFG, "train", range(300))[1].any(1)  # for guidance
+    empty = ~sgt.caption_batch(CFG, "train", range(300))[1].any(1)
     assert 10 < empty.sum() < 50
 
 def test_the_first_losses_are_a_guess_and_an_arm_is_a_copy():
@@ -540,7 +541,7 @@ def test_a_run_stopped_or_in_a_thread_has_the_same_bits(tmp_path, monkeypatch, u
     assert a == b == c and "base.pt" not in a and "instance.safetensors" in a
     assert len(set(logs)) == 1 and logs[0].count(b'"instance"') == 3
 
-def test_a_run_stopped_with_ctrl_c_says_what_it_lacks(tmp_path):
+def test_a_stopped_run_says_what_it_lacks(tmp_path):
     """Work lost on Ctrl-C; a traceback; a half run taken for a whole one."""
     process = subprocess.Popen([sys.executable, HERE / "sgt.py", *SMOKE, "--tok-steps", "9999"],
                                cwd=tmp_path, text=True, stderr=subprocess.PIPE)
@@ -812,7 +813,7 @@ def test_a_cache_is_written_where_told_and_a_mask_is_drawn():
     assert equal(k[:, 0, :, 0] > 9, F.one_hot(tensor([0, 5])).bool())
     assert kernels.draw(kernels.staircase(2, 2, 1)) == "##...\n##...\n###..\n####.\n#####"
 
-def test_the_optimizer_is_muon_for_matrices_else_adamw(exact):
+def test_the_optimizer_is_muon_and_adamw(exact):
     """Matrices that mix; a stack taken for one; a state that is not saved."""
     module = torch.nn.ParameterList([sgt.matrix(3, 8, 8), sgt.matrix(16, 8), sgt.matrix(8, 24),
                                      sgt.matrix(16, 8), sgt.table(8, 8), sgt.table(5)])
