@@ -53,7 +53,7 @@ def compute_dtype(device):
 
 def compiled(function, dynamic=True):
     """torch.compile for all sizes or, where that fails, the function itself and one line why."""
-    torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance may part later
+    torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance may differ later
     chosen = torch.compile(function, dynamic=dynamic)
     def run(*args):
         nonlocal chosen
