@@ -226,7 +226,7 @@ def test_no_answer_is_common():
         Is there an image in the image?; Is there an image? Please answer yes or no.;
         Is there a image? Answer with 'yes' or 'no'""",
     "list the objects.": "List the  objects", "": " ?; .", "is there a red bar?": "Is the bar red?",
-    "how many bars?": "How many bars are there.; how many bars are in the picture?",
+    "how many cyclists?": "How many cyclists are there.; how many cyclists are in the picture?",
     "what color is the bar?": "What is the color of the bar?; which color is the bar",
     "is the bar bigger or smaller than the ring?": "is the bar larger than the ring?"}.items())
 def test_the_wording_does_not_matter(asked, texts):
@@ -234,7 +234,7 @@ def test_the_wording_does_not_matter(asked, texts):
     assert {sgt.normalize(text) for text in texts.split(";")} == {asked}
 
 def test_every_prompt_has_as_many_known_words():
-    """Arms with codes elsewhere; unknown words."""
+    """Codes elsewhere; unknown words."""
     for name, color, shape in product(DRAWN, COLORS, SHAPES):
         prompt = PROXIES[name].prompt.format(name=f"{color} {shape}")
         assert len(encode(prompt)) == sgt.PROXY_LEN, prompt
