@@ -292,7 +292,7 @@ def decode(ids):
     words = [WORDS[i] for i in takewhile(lambda i: i != END, ids)]
     return re.sub(r" ([?.,])", r"\1", " ".join(words))
 
-# Wordings of users and what training asks.
+# Users' wordings and what training asks.
 REWORDINGS = {
     r"\W+": " ",
     r"\bin (the|this) (image|picture|photo(graph)?|scene)\b|\b(please|kindly)\b": "",
@@ -307,7 +307,7 @@ def normalize(question):
     text = question.lower()
     for wording, asked in REWORDINGS.items():
         text = " ".join(re.sub(wording, asked, text).split())
-    return text + ("." if " list" in " " + text else "?") if text else ""
+    return text + ("." if "list" in text.split() else "?") if text else ""
 
 def checked(text, room):
     """The ids of a user's text of up to `room` words and signs; unknown ones are named."""
